@@ -1,0 +1,84 @@
+"""The canonical model: a Llama as three kinds of small graphs, in standard ONNX, without any weight data.
+
+`embedding` turns ids into hidden states, one `layer` slice per decoder layer (layers of equal shape
+share one structure and differ in `weights`), `head` turns chosen rows into logits. docs/design.md
+lists inputs, outputs and operators. Weights are graph inputs; `Slice.weights` says what feeds them.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter.core.recipe import Precision
+
+OPSET = 24
+
+EMBEDDING_INPUTS = ("input_ids",)
+LAYER_INPUTS = ("hidden", "position_ids", "write_indices", "nonpad_kv_seqlen", "past_key", "past_value")
+LAYER_OUTPUTS = ("hidden_out", "present_key", "present_value")
+HEAD_INPUTS = ("hidden", "rows")
+
+
+@dataclass(frozen=True)
+class CheckpointWeight:
+    """A weight made of checkpoint tensors, stacked along their first axis, at some precision.
+
+    Graph inputs that feed from it, for the weight `w` [N, K]:
+    fp32: `w` float [N, K]; bf16, fp16: `w` in that type, followed by a Cast to float;
+    integer: `w.codes` (INT4, UINT4, INT8 or UINT8 [N, K]), `w.scales` float [N, K / group] and, if
+    asymmetric, `w.zero_points` (type of the codes, [N, K / group]), joined by DequantizeLinear(axis 1).
+    """
+
+    sources: tuple[str, ...]
+    precision: Precision = field(default_factory=Precision)
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """cos or sin of position * inverse frequency, times `scale`: float32 [length, head_dim / 2]."""
+
+    function: str
+    inverse_frequencies: tuple[float, ...]
+    length: int
+    scale: float = 1.0
+
+    def values(self) -> np.ndarray:
+        """The table, computed in float32 as the eager model does."""
+        angles = np.arange(self.length, dtype=np.float32)[:, None] * np.array(self.inverse_frequencies, np.float32)
+        table = np.cos(angles) if self.function == "cos" else np.sin(angles)
+        return (table * np.float32(self.scale)).astype(np.float32)
+
+
+Weight = CheckpointWeight | RotaryTable
+
+
+@dataclass
+class Slice:
+    """One graph of the canonical model. `structure` may be shared with other slices: copy before changing it.
+
+    `kind` is `embedding`, `layer` or `head`; `index` the layer's number. `weights` maps logical
+    weight names (`self_attn.qkv_proj.weight`) to what feeds them.
+    """
+
+    kind: str
+    index: int | None
+    structure: ir.Model
+    weights: dict[str, Weight]
+
+    @property
+    def label(self) -> str:
+        return self.kind if self.index is None else f"{self.kind} {self.index}"
+
+
+@dataclass
+class CanonicalModel:
+    """The slices in the order the data takes."""
+
+    embedding: Slice
+    layers: list[Slice]
+    head: Slice
+
+    @property
+    def slices(self) -> list[Slice]:
+        return [self.embedding, *self.layers, self.head]

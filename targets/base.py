@@ -1,0 +1,135 @@
+"""What every target offers: probe, supports, build, runner. docs/targets.md describes the contract."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+
+from exporter.core.canonical import CanonicalModel, CheckpointWeight
+from exporter.core.checkpoint import Checkpoint
+from exporter.core.config import ModelConfig
+from exporter.core.progress import Progress
+from exporter.core.recipe import Recipe
+from exporter.core.support import Support
+from exporter.core.weights import QuantizedRows
+
+RowReader = Callable[[CheckpointWeight, int, int], "np.ndarray | QuantizedRows"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine is built for: rows in a batch and positions in a row (prompt and answer together)."""
+
+    max_batch: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True)
+class BuildSource:
+    """Everything a target builds from. `rows(weight, start, stop)` yields rows at the weight's precision:
+    float32, bfloat16 or float16 arrays, or QuantizedRows; call it in ascending chunks and keep none."""
+
+    config: ModelConfig
+    recipe: Recipe
+    model: CanonicalModel
+    checkpoint: Checkpoint
+    rows: RowReader
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build wrote: files relative to its directory, toolchain versions, input and output signature.
+
+    `signature` maps tensor names to {"dtype": ..., "shape": [...]}; `weights_bytes` counts weight data alone;
+    `requirements` is what the engine needs of a host ({"cpu_features": [...]}).
+    """
+
+    files: list[str]
+    toolchain: dict[str, str]
+    signature: dict[str, dict[str, dict[str, object]]]
+    weights_bytes: int
+    requirements: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run an engine. `threads` 0 means one per physical core; `batch` rows share one allocated cache.
+
+    `hidden_states` asks for the residual stream at every layer boundary as well (for parity).
+    """
+
+    threads: int = 0
+    batch: int = 1
+    max_seq_len: int | None = None
+    hidden_states: bool = False
+
+
+class Runner(Protocol):
+    """A loaded engine with a KV cache of `batch` rows. Token ids are int64 arrays; logits float32.
+
+    Raises InputError (`run.too_long`) when a row would pass the engine's limit, before anything changes.
+    """
+
+    lengths: np.ndarray
+    """Valid cached positions of each row, int64 [B]."""
+
+    hidden: list[np.ndarray]
+    """After `prefill` with `hidden_states`: the residual stream [B, S, H] entering layer 0, 1, ... and leaving
+    the last one."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Start all rows anew: ids [B, S] right-padded, valid lengths [B] -> logits [B, V] of each last position."""
+        ...
+
+    def extend(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Continue rows after their cached prefix with [B, S] more ids, `lengths` [B] of them valid (0: row rests)
+        -> logits [B, V] at each row's last valid new position (rows that rest: undefined)."""
+        ...
+
+    def decode(self, input_ids: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """One more token [B] for each row where bool `active` [B] -> logits [B, V] (inactive rows: undefined)."""
+        ...
+
+    def truncate(self, row: int, length: int) -> None:
+        """Keep only the first `length` cached positions of a row."""
+        ...
+
+    def reset(self) -> None:
+        """Forget every row."""
+        ...
+
+
+class Target(Protocol):
+    """One way to build and run engines. Vendor libraries are imported inside methods, never on import."""
+
+    name: str
+
+    def probe(self) -> Support:
+        """Whether the toolchain is here; never raises; says why not and the remedy."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Installed versions of the packages this target uses, by name; empty strings for missing ones."""
+        ...
+
+    def supports(self, config: ModelConfig, recipe: Recipe) -> Support:
+        """native, emulated or refused, before any weight is read."""
+        ...
+
+    def build(self, source: BuildSource, out_dir: Path, progress: Progress) -> BuildResult:
+        """Write the engine's files into `out_dir` (an existing, private directory)."""
+        ...
+
+    def runner(self, engine_dir: Path, config: ModelConfig, limits: Limits, options: RunOptions) -> Runner:
+        """Load an engine built before. Raises UnsupportedError when the runtime is missing."""
+        ...

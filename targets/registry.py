@@ -1,0 +1,20 @@
+"""The targets by name, imported only when asked for."""
+
+from importlib import import_module
+
+from exporter.core.errors import UnsupportedError
+from targets.base import Target
+
+# name -> (module, class); the module must import no vendor library at its top.
+TARGETS = {"onnxruntime": ("targets.onnxruntime.target", "OnnxRuntimeTarget")}
+PLANNED = ("tvm", "tensorrt", "tensorrt-llm")
+
+
+def get_target(name: str) -> Target:
+    """The target of a name; UnsupportedError names those that exist."""
+    if name not in TARGETS:
+        why = "is planned but not built yet" if name in PLANNED else "is unknown"
+        raise UnsupportedError("target.unknown", f"target {name!r} {why}", f"available: {', '.join(TARGETS)}")
+    module, attribute = TARGETS[name]
+    target: Target = getattr(import_module(module), attribute)()
+    return target
