@@ -11,12 +11,14 @@ import numpy as np
 from exporter.core.config import ModelConfig, read_json
 from exporter.core.errors import InputError
 from exporter.core.safetensors_file import TensorInfo, read_header, read_rows
+from exporter.core.strict_json import shorten
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Buffers that older exporters saved; they are recomputed from the config, as transformers does.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-CHUNK_BYTES = 1 << 24
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Checkpoint:
             tensors.update(found)
         tensors = {name: info for name, info in tensors.items() if not name.endswith(IGNORED_SUFFIXES)}
         if config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
+            tensors = _tie(tensors)
         _check_tensors(config, tensors)
         return Checkpoint(path, config, tensors)
 
@@ -79,12 +81,42 @@ class Checkpoint:
 
 
 def _all_finite(array: np.ndarray) -> bool:
-    """Whether no exponent is all ones; on the bit pattern, several times faster than isfinite for bf16."""
-    if array.dtype.itemsize == 4:
+    """Whether no exponent is all ones.
+
+    Half-width floats are compared as integers, whose order is that of the magnitudes: the largest
+    unsigned value finds a negative NaN or Inf, the largest signed one a positive. No temporary is made.
+    """
+    if array.dtype.itemsize == 4 or not array.size:
         return bool(np.isfinite(array).all())
-    exponent = np.uint16(0x7F80 if array.dtype.name == "bfloat16" else 0x7C00)
-    bits = array.view(np.uint16) & exponent
-    return not bool((bits == exponent).any())
+    infinity = 0x7F80 if array.dtype.name == "bfloat16" else 0x7C00
+    return bool(array.view(np.uint16).max() < infinity | 0x8000 and array.view(np.int16).max() < infinity)
+
+
+def _tie(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """One matrix for embedding and head, under the embedding's name; a checkpoint may hold either, or both alike."""
+    tensors = dict(tensors)
+    head = tensors.pop(HEAD, None)
+    if head is None:
+        return tensors
+    embedding = tensors.setdefault(EMBEDDING, head)
+    if not _same_bytes(embedding, head):
+        raise InputError(
+            "checkpoint.tied_mismatch",
+            f"config.json ties embedding and head, but {EMBEDDING} and {HEAD} differ",
+            "set tie_word_embeddings to false in config.json, or remove the tensor that is not meant",
+        )
+    return tensors
+
+
+def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
+    if one == other:
+        return True
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    step = max(1, CHUNK_BYTES * one.shape[0] // max(one.nbytes, 1)) if one.shape else 1
+    starts = range(0, one.shape[0], step) if one.shape else range(0)
+    parts = ((start, min(start + step, one.shape[0])) for start in starts)
+    return all(read_rows(one, *part).tobytes() == read_rows(other, *part).tobytes() for part in parts)
 
 
 def _weight_files(path: Path) -> dict[Path, set[str] | None]:
@@ -93,6 +125,8 @@ def _weight_files(path: Path) -> dict[Path, set[str] | None]:
         return {path / SINGLE: None}
     if (path / INDEX).is_file():
         return _indexed_files(path)
+    if not path.is_dir():
+        raise InputError("checkpoint.missing", f"{path} is not a directory", "give a checkpoint directory")
     pickles = sorted(p.name for pattern in PICKLES for p in path.glob(pattern))
     if pickles:
         raise InputError(
@@ -107,17 +141,23 @@ def _indexed_files(path: Path) -> dict[Path, set[str] | None]:
     weight_map = read_json(path / INDEX, "checkpoint.index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError("checkpoint.index", f"{INDEX} has no weight_map", "download the checkpoint again")
-    files: dict[Path, set[str] | None] = {}
+    promised: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise InputError("checkpoint.index", f"{INDEX} names {file!r} for {name!r}", "shards lie beside the index")
-        target = path / file
-        if target not in files and not target.is_file():
-            raise InputError("checkpoint.shard_missing", f"shard {file} is missing in {path}", "download it again")
-        names = files.setdefault(target, set())
-        assert names is not None
-        names.add(name)
-    return files
+        if not _is_shard_name(file):
+            why = f"{INDEX} names {shorten(file)} for {shorten(name)}"
+            raise InputError("checkpoint.index", why, "shards are *.safetensors files beside the index")
+        promised.setdefault(file, set()).add(name)
+    if missing := sorted(file for file in promised if not (path / file).is_file()):
+        why = f"{len(missing)} of {len(promised)} shards are missing in {path}: {_some(missing)}"
+        raise InputError("checkpoint.shard_missing", why, "download the checkpoint again")
+    return {path / file: names for file, names in promised.items()}
+
+
+def _is_shard_name(file: object) -> bool:
+    """A plain file name, so that nothing outside the directory can be named (255 bytes: POSIX NAME_MAX)."""
+    if not isinstance(file, str) or not file.endswith(".safetensors") or not file.isprintable():
+        return False
+    return Path(file).name == file and len(file.encode()) <= 255
 
 
 def _check_index(file: Path, promised: set[str] | None, found: dict[str, TensorInfo]) -> None:
@@ -157,4 +197,5 @@ def _check_tensors(config: ModelConfig, tensors: dict[str, TensorInfo]) -> None:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    shown = (name if name.isprintable() and len(name) < 200 else shorten(name) for name in names[:5])
+    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

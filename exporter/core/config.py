@@ -1,6 +1,5 @@
 """The architecture of a Llama checkpoint, read from its config.json and checked field by field."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from exporter.core.errors import InputError, UnsupportedError
+from exporter.core.strict_json import parse_json, shorten
 
 MAX_CONFIG_BYTES = 4 << 20
 # Far beyond any Llama; larger values mean a damaged or hostile file.
@@ -21,7 +21,10 @@ LIMITS = {
     "num_key_value_heads": 1 << 12,
     "head_dim": 1 << 12,
     "max_position_embeddings": 1 << 26,
+    "original_max_position_embeddings": 1 << 26,
 }
+# Arithmetic is float32: a value outside it would turn into zero or infinity.
+SMALLEST, LARGEST = 1e-30, 1e30
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,10 @@ class ModelConfig:
     def from_directory(path: Path) -> "ModelConfig":
         """Read `config.json` (and the token ids of `generation_config.json`) of a checkpoint directory."""
         if not path.is_dir():
+            what = "is a file, not a checkpoint directory" if path.exists() else "does not exist"
             raise InputError(
                 "checkpoint.missing",
-                f"no such checkpoint directory: {path}",
+                f"{path} {what}",
                 "give the path of a Hugging Face checkpoint directory (with config.json and *.safetensors)",
             )
         config = parse_config(read_json(path / "config.json", "checkpoint.config"))
@@ -140,13 +144,13 @@ class ModelConfig:
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:
     """One JSON object from a file, with the file's name in every complaint."""
+    if not path.is_file():
+        raise InputError(kind, f"{path.name} is missing in {path.parent}", "is this a checkpoint directory?")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise InputError(kind, f"{path.name} is larger than {MAX_CONFIG_BYTES} bytes", "is it the right file?")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(kind, f"{path.name} is missing in {path.parent}", "is this a checkpoint directory?") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        value = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise InputError(kind, f"{path.name} cannot be read: {error}", "export or download it again") from error
     if not isinstance(value, dict):
         raise InputError(kind, f"{path.name} holds a {type(value).__name__}, not an object", "export it again")
@@ -190,49 +194,65 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
 
 def _require_llama(raw: dict[str, Any]) -> None:
     names = raw.get("architectures") or []
-    shown = ", ".join(map(str, names)) if isinstance(names, list) and names else str(raw.get("model_type"))
+    shown = ", ".join(map(str, names)) if isinstance(names, list) and names else str(names or raw.get("model_type"))
     if names != ["LlamaForCausalLM"] and not (not names and raw.get("model_type") == "llama"):
         raise UnsupportedError(
             "architecture.unsupported",
-            f"architecture {shown} is not supported",
+            f"architecture {shown[:80]} is not supported",
             "enginesmith builds LlamaForCausalLM; other architectures are refused until they are tested",
         )
     if raw.get("model_type", "llama") != "llama":
-        raise UnsupportedError("architecture.unsupported", f"model_type {raw['model_type']!r} is not supported", "")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UnsupportedError("architecture.activation", f"activation {raw['hidden_act']!r} is not supported", "")
-    if raw.get("quantization_config"):
+        raise UnsupportedError(
+            "architecture.unsupported",
+            f"model_type {shorten(raw['model_type'])} is not supported, whatever `architectures` says",
+            "enginesmith builds models of type llama",
+        )
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UnsupportedError(
+            "architecture.activation", f"activation {shorten(raw['hidden_act'])} is not supported", "supported: silu"
+        )
+    if raw.get("quantization_config") or raw.get("compression_config"):
         raise UnsupportedError(
             "checkpoint.quantized", "the checkpoint is already quantized", "build from the original float checkpoint"
         )
 
 
 def _parse_rope(raw: dict[str, Any]) -> RopeConfig:
-    """Both forms: transformers 5 `rope_parameters`, and `rope_theta` with `rope_scaling` before it."""
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    """Both forms, merged as transformers' `RotaryEmbeddingConfigMixin` does: `rope_scaling` with `rope_theta`
+    beside it, else `rope_parameters`."""
+    parameters = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
-        raise _bad("rope_parameters", "it is not an object")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+        raise _bad("rope_parameters", f"{shorten(parameters)} is not an object")
+    outside = {name: raw[name] for name in ("rope_theta", "partial_rotary_factor") if raw.get(name) is not None}
+    merged = {**outside, **parameters}
+    kind = merged.get("rope_type", merged.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise UnsupportedError(
-            "architecture.rope", f"rope type {kind!r} is not supported", "supported: default, linear, llama3"
+            "architecture.rope", f"rope type {shorten(kind)} is not supported", "supported: default, linear, llama3"
         )
-    merged = {"rope_theta": raw.get("rope_theta", 10000.0), **parameters}
-    if merged.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedError("architecture.rope", "partial rotary embedding is not supported", "")
+    if merged.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise UnsupportedError(
+            "architecture.rope",
+            f"partial rotary embedding ({shorten(merged['partial_rotary_factor'])}) is not supported",
+            "supported: rotary embedding over the whole head",
+        )
     theta = _positive_float(merged, "rope_theta", 10000.0)
     if kind == "default":
         return RopeConfig(theta=theta)
     factor = _positive_float(merged, "factor", None)
-    if kind == "linear":
-        return RopeConfig("linear", theta, factor)
+    return RopeConfig("linear", theta, factor) if kind == "linear" else _llama3_rope(raw, merged, theta, factor)
+
+
+def _llama3_rope(raw: dict[str, Any], merged: dict[str, Any], theta: float, factor: float) -> RopeConfig:
     low = _positive_float(merged, "low_freq_factor", None)
     high = _positive_float(merged, "high_freq_factor", None)
     if high <= low:
         raise _bad("high_freq_factor", f"{high} is not above low_freq_factor {low}")
-    original = merged.get("original_max_position_embeddings")
-    merged["max_position_embeddings"] = original if original is not None else raw.get("max_position_embeddings")
-    return RopeConfig("llama3", theta, factor, low, high, _positive(merged, "max_position_embeddings"))
+    # The first that is given, in the order of transformers' `standardize_rope_params`.
+    name = "original_max_position_embeddings"
+    given = [source[key] for source, key in ((raw, name), (merged, name)) if source.get(key) is not None]
+    original = given[0] if given else _positive(raw, "max_position_embeddings", 2048)
+    return RopeConfig("llama3", theta, factor, low, high, _positive({name: original}, name))
 
 
 def _positive(raw: dict[str, Any], name: str, default: int | None = None) -> int:
@@ -242,23 +262,25 @@ def _positive(raw: dict[str, Any], name: str, default: int | None = None) -> int
     if value is None:
         raise _bad(name, "it is missing")
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LIMITS[name]:
-        raise _bad(name, f"{value!r} is not a whole number from 1 to {LIMITS[name]}")
+        raise _bad(name, f"{shorten(value)} is not a whole number from 1 to {LIMITS[name]}")
     return value
 
 
 def _positive_float(raw: dict[str, Any], name: str, default: float | None) -> float:
-    value = raw.get(name, default)
+    value = raw.get(name)
+    if value is None:
+        value = default
     if value is None:
         raise _bad(name, "it is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise _bad(name, f"{value!r} is not a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not SMALLEST <= value <= LARGEST:
+        raise _bad(name, f"{shorten(value)} is not a number from {SMALLEST} to {LARGEST}")
     return float(value)
 
 
 def _boolean(raw: dict[str, Any], name: str) -> bool:
     value = raw.get(name, False)
     if not isinstance(value, bool):
-        raise _bad(name, f"{value!r} is not true or false")
+        raise _bad(name, f"{shorten(value)} is not true or false")
     return value
 
 
@@ -273,7 +295,7 @@ def _token_ids(value: Any, vocabulary: int) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [value]
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int):
-            raise _bad("token id", f"{token!r} is not a token id")
+            raise _bad("token id", f"{shorten(token)} is not a token id")
     # Published checkpoints use -1 or ids beyond the vocabulary for "none" (pad_token_id of early Llamas).
     return tuple(token for token in ids if 0 <= token < vocabulary)
 

@@ -3,17 +3,18 @@
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
 """
 
-import json
 import math
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
 from exporter.core.errors import InputError, UnsupportedError
+from exporter.core.strict_json import parse_json, shorten
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 DTYPES: dict[str, np.dtype] = {
@@ -37,49 +38,68 @@ class TensorInfo:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a file, after checking that the header is sound and the file holds every byte it promises."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise _damaged(path, "truncated", f"it has {size} bytes, too few for a header")
-        length = struct.unpack("<Q", prefix)[0]
-        if length > MAX_HEADER_BYTES or length > size - 8:
-            raise _damaged(path, "header", f"its header claims {length} bytes of {size}")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise _damaged(path, "header", f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, "header", "its header is not an object")
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            header, start = _read_json_header(path, file, size)
+    except OSError as error:
+        raise _damaged(path, "unreadable", f"the system refuses to read it ({error.strerror})") from error
     header.pop("__metadata__", None)
-    tensors = {name: _tensor_info(path, name, entry, 8 + length, size) for name, entry in header.items()}
-    _check_layout(path, tensors, 8 + length, size)
+    tensors = {name: _tensor_info(path, name, entry, start, size) for name, entry in header.items()}
+    _check_layout(path, tensors, start, size)
     return tensors
 
 
+def _read_json_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    """The header object and the position of the first data byte."""
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise _damaged(path, "truncated", f"it has {size} bytes, too few for a header")
+    length = struct.unpack("<Q", prefix)[0]
+    if length > MAX_HEADER_BYTES:
+        raise _damaged(path, "header", f"its header claims {length} bytes, more than any real one")
+    if length > size - 8:
+        raise _damaged(path, "truncated", f"its header claims {length} bytes, the file has {size}")
+    data = file.read(length)
+    # The format asks for `{` first; readers that skip white space would accept more than the reference does.
+    if not data.startswith(b"{"):
+        raise _damaged(path, "header", "its header is not a JSON object")
+    try:
+        return parse_json(data), 8 + length
+    except ValueError as error:
+        raise _damaged(path, "header", f"its header is not sound JSON: {error}") from error
+
+
 def _tensor_info(path: Path, name: str, entry: object, start: int, size: int) -> TensorInfo:
+    shown = shorten(name)
     if not isinstance(entry, dict):
-        raise _damaged(path, "header", f"tensor {name!r} has no description")
+        raise _damaged(path, "header", f"tensor {shown} has no description")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str):
+        raise _damaged(path, "header", f"tensor {shown} has dtype {shorten(dtype)}")
     if dtype not in DTYPES:
         raise UnsupportedError(
             "checkpoint.dtype",
-            f"{path.name}: tensor {name!r} is stored as {dtype}",
+            f"{path.name}: tensor {shown} is stored as {shorten(dtype)}",
             "supported: BF16, F16, F32; convert the checkpoint first",
         )
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 8:
-        raise _damaged(path, "header", f"tensor {name!r} has shape {shape} and offsets {offsets}")
+    if not _naturals(shape, 8) or not _naturals(offsets, 2) or len(offsets) != 2:
+        raise _damaged(path, "header", f"tensor {shown} has shape {shorten(shape)} and offsets {shorten(offsets)}")
     first, last = offsets
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if last - first != expected:
-        raise _damaged(path, "header", f"tensor {name!r} claims {last - first} bytes, its shape needs {expected}")
+        why = f"tensor {shown} claims {shorten(last - first)} bytes, its shape {shape} needs {shorten(expected)}"
+        raise _damaged(path, "header", why)
     if start + last > size:
-        raise _damaged(path, "truncated", f"tensor {name!r} ends at byte {start + last} of a file of {size}")
+        raise _damaged(path, "truncated", f"tensor {shown} ends at byte {start + last} of a file of {size}")
     return TensorInfo(name, path, DTYPES[dtype], tuple(shape), start + first, expected)
 
 
-def _naturals(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
+def _naturals(value: object, most: int) -> TypeGuard[list[int]]:
+    """Whether it is a list of at most `most` numbers that a byte count can be (below 2**63)."""
+    if not isinstance(value, list) or len(value) > most:
+        return False
+    return all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 63 for v in value)
 
 
 def _check_layout(path: Path, tensors: dict[str, TensorInfo], start: int, size: int) -> None:
@@ -87,7 +107,7 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], start: int, size: 
     end = start
     for info in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if info.offset != end:
-            raise _damaged(path, "header", f"tensor {info.name!r} starts at byte {info.offset}, expected {end}")
+            raise _damaged(path, "header", f"tensor {shorten(info.name)} starts at byte {info.offset}, expected {end}")
         end += info.nbytes
     if end != size:
         raise _damaged(path, "trailing", f"{size - end} bytes follow the last tensor")
@@ -95,20 +115,30 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], start: int, size: 
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) along the first axis, in the stored dtype; reads just those bytes."""
-    row_bytes = info.nbytes // info.shape[0]
+    if not 0 <= start <= stop <= info.shape[0]:
+        raise ValueError(f"rows {start} to {stop} of {info.name!r}, which has {info.shape[0]}")
     out = np.empty((stop - start, *info.shape[1:]), info.dtype)
-    view = memoryview(out.view(np.uint8).reshape(-1)) if out.size else memoryview(b"")
-    descriptor = os.open(info.path, os.O_RDONLY)
-    try:
-        position, done = info.offset + start * row_bytes, 0
-        while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], position + done)
-            if count <= 0:
-                raise _damaged(info.path, "truncated", f"tensor {info.name!r} ended early: the file changed")
-            done += count
-    finally:
-        os.close(descriptor)
+    if out.size:
+        row_bytes = info.nbytes // info.shape[0]
+        _read_exactly(info, info.offset + start * row_bytes, out.view(np.uint8).reshape(-1).data)
     return out
+
+
+def _read_exactly(info: TensorInfo, position: int, view: memoryview) -> None:
+    """Fill the view from a file position; a single read returns at most 2 GiB."""
+    try:
+        descriptor = os.open(info.path, os.O_RDONLY)
+        try:
+            done = 0
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done:]], position + done)
+                if count <= 0:
+                    raise _damaged(info.path, "truncated", f"tensor {info.name!r} ended early: the file changed")
+                done += count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise _damaged(info.path, "unreadable", f"the system refuses to read it ({error.strerror})") from error
 
 
 def _damaged(path: Path, kind: str, why: str) -> InputError:
