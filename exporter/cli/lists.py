@@ -1,0 +1,47 @@
+"""`enginesmith targets`, `recipes` and `doctor`: what there is, and whether it works here."""
+
+import typer
+
+from exporter.cli.app import Debug, Json, app
+from exporter.cli.output import Output
+
+
+@app.command()
+def targets(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
+    """List the targets, whether each is usable here, and which recipes it takes."""
+    from exporter import api
+
+    listed = api.targets()
+    lines = []
+    for entry in listed:
+        state = "usable" if entry["usable"] else f"not usable: {entry['why']}"
+        recipes = ", ".join(f"{name} ({level})" for name, level in entry["recipes"].items())
+        lines.append(f"{entry['name']}: {state}\n  recipes: {recipes}")
+    output: Output = context.obj
+    output.result({"targets": listed}, "\n".join(lines))
+
+
+@app.command()
+def recipes(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
+    """List the recipes: presets, and those that are planned."""
+    from exporter import api
+
+    listed = api.recipes()
+    lines = [
+        f"{entry['name']:<16} linear {entry['linear']}, head {entry['lm_head']}, embedding {entry['embedding']}"
+        for entry in listed
+    ]
+    output: Output = context.obj
+    output.result({"recipes": listed}, "\n".join(lines))
+
+
+@app.command()
+def doctor(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
+    """Check this machine: Python, packages, targets, memory; exit 3 if nothing can be built or run."""
+    from exporter.doctor import diagnose
+
+    diagnosis = diagnose()
+    output: Output = context.obj
+    output.result(diagnosis.to_json(), diagnosis.describe())
+    if not diagnosis.usable:
+        raise typer.Exit(3)
