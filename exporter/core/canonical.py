@@ -6,11 +6,15 @@ lists inputs, outputs and operators. Weights are graph inputs; `Slice.weights` s
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
 from exporter.core.recipe import Precision
+
+if TYPE_CHECKING:
+    # Only for the annotation below: running an engine needs no ONNX package.
+    import onnx_ir as ir
 
 OPSET = 24
 
@@ -63,7 +67,7 @@ class Slice:
 
     kind: str
     index: int | None
-    structure: ir.Model
+    structure: "ir.Model"
     weights: dict[str, Weight]
 
     @property
