@@ -79,5 +79,9 @@ class Recipe:
         def regroup(precision: Precision) -> Precision:
             return replace(precision, group_size=group_size) if precision.is_integer else precision
 
-        parts = {part: regroup(getattr(self, part)) for part in ("linear", "lm_head", "embedding")}
-        return replace(self, **parts)
+        return replace(
+            self,
+            linear=regroup(self.linear),
+            lm_head=regroup(self.lm_head),
+            embedding=regroup(self.embedding),
+        )
