@@ -1,0 +1,52 @@
+"""Building: weights are written while the graph is lowered, then the graph and onnxruntime-genai's configuration."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from exporter.core.config import ModelConfig
+from exporter.core.progress import Progress
+from targets.base import BuildResult, BuildSource
+from targets.onnxruntime.genai_config import genai_config
+from targets.onnxruntime.lower import lower
+from targets.onnxruntime.target import DATA, GENAI, MODEL
+from targets.onnxruntime.weight_file import WeightFile, output_errors
+
+
+def build_engine(source: BuildSource, out_dir: Path, progress: Progress, versions: dict[str, str]) -> BuildResult:
+    """Write model.onnx, model.onnx.data and genai_config.json; the same source gives the same bytes."""
+    with WeightFile(out_dir / DATA, source.checkpoint, source.rows) as weights:
+        model = lower(source.model, source.config, weights, progress)
+    serialized = ir.to_proto(model).SerializeToString(deterministic=True)
+    config = genai_config(source.config, source.limits, MODEL)
+    with output_errors(out_dir / MODEL):
+        (out_dir / MODEL).write_bytes(serialized)
+        (out_dir / GENAI).write_text(config, encoding="utf-8")
+    progress.advance(1.0, "written")
+    return BuildResult(
+        files=[MODEL, DATA, GENAI],
+        toolchain=versions,
+        signature=signature(source.config),
+        weights_bytes=weights.weights_bytes,
+    )
+
+
+def signature(config: ModelConfig) -> dict[str, dict[str, dict[str, object]]]:
+    """Names, types and shapes of the engine's inputs and outputs; letters stand for what a run chooses."""
+
+    def tensor(dtype: str, *shape: int | str) -> dict[str, object]:
+        return {"dtype": dtype, "shape": list(shape)}
+
+    cache = tensor("float32", "batch", config.num_kv_heads, "cache", config.head_dim)
+    layers = [f"{index}.{which}" for index in range(config.num_layers) for which in ("key", "value")]
+    return {
+        "inputs": {
+            "input_ids": tensor("int64", "batch", "sequence"),
+            "attention_mask": tensor("int64", "batch", "total_sequence"),
+            **{f"past_key_values.{name}": cache for name in layers},
+        },
+        "outputs": {
+            "logits": tensor("float32", "batch", 1, config.vocab_size),
+            **{f"present.{name}": cache for name in layers},
+        },
+    }

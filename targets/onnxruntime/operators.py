@@ -1,0 +1,171 @@
+"""How each canonical operator outside the attention group is lowered, one small function each."""
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from targets.onnxruntime import matmul
+from targets.onnxruntime.engine_graph import MICROSOFT
+from targets.onnxruntime.lowering import Matrix, SliceLowering, Sum
+
+FLOAT = int(ir.DataType.FLOAT)
+
+
+def lower_node(low: SliceLowering, node: ir.Node) -> None:
+    """Lower one node. Raises UnsupportedError naming an operator that ONNX Runtime's dialect has no place for."""
+    handler = HANDLERS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    if handler is None:
+        raise low.refuse(f"operator {node.domain or 'ai.onnx'}.{node.op_type} is unknown")
+    handler(low, node)
+
+
+def _matrix(low: SliceLowering, value: ir.Value | None) -> Matrix | None:
+    lowered = None if value is None else low.values.get(value)
+    return lowered if isinstance(lowered, Matrix) else None
+
+
+def _dequantize(low: SliceLowering, node: ir.Node) -> None:
+    """codes, scales (and zero points) of one weight become that weight again."""
+    parts = [_matrix(low, value) for value in node.inputs]
+    names = ["codes", "scales", "zero_points"][: len(parts)]
+    if any(part is None or part.part != name for part, name in zip(parts, names, strict=True)):
+        raise low.refuse(f"DequantizeLinear of {[v.name if v else None for v in node.inputs]}")
+    first = parts[0]
+    assert first is not None and not isinstance(first.weight, ir.Value)
+    precision = getattr(first.weight, "precision", None)
+    found = (node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0), len(parts) == 2)
+    if precision is None or found != (1, precision.group_size, precision.symmetric):
+        raise low.refuse(f"{first.name} is dequantized with axis, block size, symmetry {found}, stored as {precision}")
+    if any(part.name != first.name for part in parts if part):
+        raise low.refuse(f"{first.name} is dequantized with scales of another weight")
+    low.values[node.outputs[0]] = Matrix(first.name, first.weight)
+
+
+def _cast(low: SliceLowering, node: ir.Node) -> None:
+    matrix = _matrix(low, node.inputs[0])
+    if matrix is None or not matrix.cast or node.attributes.get_int("to", 0) != FLOAT:
+        raise low.refuse("Cast of something else than a half-precision weight to float")
+    low.values[node.outputs[0]] = Matrix(matrix.name, matrix.weight)
+
+
+def _transpose(low: SliceLowering, node: ir.Node) -> None:
+    matrix = _matrix(low, node.inputs[0])
+    perm = tuple(node.attributes.get_ints("perm", ()))
+    if matrix is None:
+        _copy(low, node)
+    elif perm != (1, 0) or matrix.transposed or matrix.part or matrix.cast:
+        raise low.refuse(f"Transpose {perm} of weight {matrix.name}")
+    else:
+        low.values[node.outputs[0]] = Matrix(matrix.name, matrix.weight, transposed=True)
+
+
+def _matmul(low: SliceLowering, node: ir.Node) -> None:
+    """MatMul with a weight; an Add of a bias that follows is taken in, its value is then the product's too."""
+    x, weight = node.inputs
+    matrix = _matrix(low, weight)
+    if matrix is None or x is None:
+        raise low.refuse("MatMul of two activations")
+    add = _bias_add(low, node)
+    bias = None
+    if add is not None:
+        bias = low.tensor(next(value for value in add.inputs if value is not None and value is not node.outputs[0]))
+    product = matmul.matmul(low, low.tensor(x), matrix, bias)
+    low.values[add.outputs[0] if add is not None else node.outputs[0]] = product
+
+
+def _bias_add(low: SliceLowering, node: ir.Node) -> ir.Node | None:
+    users = list(node.outputs[0].consumers())
+    if len(users) != 1 or users[0].op_type != "Add" or node.outputs[0].is_graph_output():
+        return None
+    is_bias = [_matrix(low, value) is not None for value in users[0].inputs]
+    return users[0] if any(is_bias) else None
+
+
+def _add(low: SliceLowering, node: ir.Node) -> None:
+    if node.outputs[0] in low.values:
+        return  # a bias that its MatMul took in
+    left, right = (low.tensor(value) for value in node.inputs if value is not None)
+    leaves = node.outputs[0].is_graph_output()
+    index = low.slice.index
+    following = f"layers.{index + 1}.hidden" if leaves and index is not None else f"{low.prefix}residual"
+    low.values[node.outputs[0]] = Sum(left, right, following)
+
+
+def _rms_norm(low: SliceLowering, node: ir.Node) -> None:
+    """A norm of a pending Sum becomes SkipSimplifiedLayerNormalization, which gives the sum as well."""
+    x, scale = node.inputs
+    matrix = _matrix(low, scale)
+    axis, epsilon = node.attributes.get_int("axis", -1), node.attributes.get_float("epsilon", 1e-5)
+    if x is None or scale is None or matrix is None or axis != -1:
+        raise low.refuse(f"RMSNormalization along axis {axis} with scale {scale.name if scale else None}")
+    name = matrix.name.removesuffix(".weight")
+    gamma = low.tensor(scale)
+    pending = low.values.get(x)
+    if isinstance(pending, Sum):
+        normed = low.graph.op(
+            "SkipSimplifiedLayerNormalization",
+            [pending.left, pending.right, gamma],
+            name,
+            domain=MICROSOFT,
+            outputs=[f"{name}.out", "", "", pending.name],
+            attributes={"epsilon": epsilon},
+        )
+        low.values[x] = low.graph.last_node.outputs[3]
+    else:
+        attributes: dict[str, int | float] = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
+        normed = low.graph.op("SimplifiedLayerNormalization", [low.tensor(x), gamma], name, attributes={**attributes})
+    low.values[node.outputs[0]] = normed
+
+
+def _swish(low: SliceLowering, node: ir.Node) -> None:
+    """x * sigmoid(alpha * x), the kernel that ONNX Runtime calls QuickGelu."""
+    x = node.inputs[0]
+    assert x is not None
+    alpha = node.attributes.get_float("alpha", 1.0)
+    low.values[node.outputs[0]] = low.graph.op(
+        "QuickGelu", [low.tensor(x)], f"{low.prefix}mlp.swish", domain=MICROSOFT, attributes={"alpha": alpha}
+    )
+
+
+def _gather(low: SliceLowering, node: ir.Node) -> None:
+    table, indices = node.inputs
+    if table is None or indices is None:
+        raise low.refuse("Gather without a table or indices")
+    matrix = _matrix(low, table)
+    if matrix is None:
+        _copy(low, node)
+        return
+    if node.attributes.get_int("axis", 0) != 0:
+        raise low.refuse(f"Gather from {matrix.name} along another axis than its rows")
+    low.values[node.outputs[0]] = matmul.gather(low, matrix, low.tensor(indices))
+
+
+def _copy(low: SliceLowering, node: ir.Node) -> None:
+    """An operator that means the same in the engine."""
+    inputs = [None if value is None else low.tensor(value) for value in node.inputs]
+    name = f"{low.prefix}{node.op_type.lower()}"
+    attributes = {attribute.name: attribute.value for attribute in node.attributes.values()}
+    outputs = [f"{name}.{value.name}" for value in node.outputs]
+    low.graph.op(node.op_type, inputs, name, outputs=outputs, attributes=attributes)
+    low.values.update(zip(node.outputs, low.graph.last_node.outputs, strict=True))
+
+
+HANDLERS: dict[str, Callable[[SliceLowering, ir.Node], None]] = {
+    "DequantizeLinear": _dequantize,
+    "Cast": _cast,
+    "Transpose": _transpose,
+    "MatMul": _matmul,
+    "Add": _add,
+    "RMSNormalization": _rms_norm,
+    "Swish": _swish,
+    "Gather": _gather,
+    "Mul": _copy,
+    "Split": _copy,
+    "Reshape": _copy,
+    # Attention whose heads GroupQueryAttention does not take stays in standard operators.
+    "RotaryEmbedding": _copy,
+    "TensorScatter": _copy,
+    "ReduceMax": _copy,
+    "Slice": _copy,
+    "Attention": _copy,
+}

@@ -1,0 +1,204 @@
+"""Running an engine: one KV cache allocated once, bound as past and present alike, no copies per step."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from exporter.core.config import ModelConfig
+from exporter.core.errors import InputError
+from targets.base import Limits, RunOptions
+from targets.onnxruntime.session import open_session
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+# Prompts run in chunks: the scores of GroupQueryAttention take heads * chunk * cache length floats.
+CHUNK = 512
+Rows = tuple[int, int]  # first and behind last
+
+
+class OnnxRuntimeRunner:
+    """targets.base.Runner over one InferenceSession.
+
+    The cache has one position more than the limit: a resting row computes there while others decode.
+    """
+
+    def __init__(self, model: Path, config: ModelConfig, limits: Limits, options: RunOptions) -> None:
+        _check_options(limits, options)
+        self._config, self._batch = config, options.batch
+        self._limit = options.max_seq_len or limits.max_seq_len
+        self._hidden_names = (
+            [f"layers.{i}.hidden" for i in range(config.num_layers + 1)] if options.hidden_states else []
+        )
+        self._session: ort.InferenceSession | None = open_session(model, options.threads, self._hidden_names)
+        shape = (self._batch, config.num_kv_heads, self._limit + 1, config.head_dim)
+        self._cache = {
+            f"{index}.{which}": np.zeros(shape, np.float32)
+            for index in range(config.num_layers)
+            for which in ("key", "value")
+        }
+        self._logits = np.zeros((self._batch, 1, config.vocab_size), np.float32)
+        self._bindings: dict[Rows, ort.IOBinding] = {}
+        self.lengths = np.zeros(self._batch, np.int64)
+        self.hidden: list[np.ndarray] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the session and the cache; the runner cannot be used afterwards."""
+        self._bindings.clear()
+        self._cache.clear()
+        self._session = None
+
+    def prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Start all rows anew: ids [B, S] right-padded, valid lengths [B] -> logits [B, V] of each last position."""
+        ids, valid = self._checked(input_ids, lengths, np.zeros(self._batch, np.int64))
+        self.lengths[:] = 0
+        return self._append(ids, valid)
+
+    def extend(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Continue rows with [B, S] more ids, `lengths` [B] of them valid -> logits [B, V]."""
+        ids, valid = self._checked(input_ids, lengths, self.lengths)
+        return self._append(ids, valid)
+
+    def decode(self, input_ids: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """One more token [B] for each row where `active` [B] -> logits [B, V]."""
+        flags = np.asarray(active)
+        if flags.shape != (self._batch,) or flags.dtype != np.bool_:
+            raise _bad_shape("active", flags, f"bool [{self._batch}]")
+        ids = np.where(flags, np.asarray(input_ids), 0)
+        ids, valid = self._checked(ids.reshape(-1, 1), flags.astype(np.int64), self.lengths)
+        return self._decode(ids, valid)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Keep only the first `length` cached positions of a row."""
+        if not 0 <= row < self._batch or not 0 <= length <= self.lengths[row]:
+            cached = int(self.lengths[row]) if 0 <= row < self._batch else 0
+            raise InputError(
+                "run.truncate", f"cannot keep {length} positions of row {row}: it has {cached}", "keep a prefix"
+            )
+        self.lengths[row] = length
+
+    def reset(self) -> None:
+        """Forget every row."""
+        self.lengths[:] = 0
+
+    def _append(self, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """Rows of one token take one step together, a fresh short batch too; the rest goes row by row in chunks,
+        for GroupQueryAttention continues several tokens only in batches of one."""
+        width = int(valid.max(initial=0))
+        self._begin_hidden(ids)
+        if width == 1:
+            return self._decode(ids[:, :1], valid)
+        if self._batch > 1 and not self.lengths.any() and ids[:, :width].size <= CHUNK:
+            return self._fresh_batch(ids[:, :width], valid)
+        for row in range(self._batch):
+            self._append_row(row, ids[row : row + 1, : valid[row]])
+        return self._logits[:, 0].copy()
+
+    def _append_row(self, row: int, ids: np.ndarray) -> None:
+        for start in range(0, ids.shape[1], CHUNK):
+            chunk = ids[:, start : start + CHUNK]
+            total = int(self.lengths[row]) + chunk.shape[1]
+            self._run((row, row + 1), chunk, np.ones((1, total), np.int64), start)
+            self.lengths[row] = total
+
+    def _fresh_batch(self, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """Ragged first prompts at once; an empty row computes one position that it does not keep."""
+        mask = (np.arange(ids.shape[1]) < np.maximum(valid, 1)[:, None]).astype(np.int64)
+        self._run((0, self._batch), ids * mask, mask, 0)
+        self.lengths[:] = valid
+        return self._logits[:, 0].copy()
+
+    def _decode(self, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """One token a row; a resting row computes one position behind its own, which it does not keep."""
+        totals = self.lengths + 1
+        mask = (np.arange(totals.max()) < totals[:, None]).astype(np.int64)
+        self._begin_hidden(ids)
+        self._run((0, self._batch), np.where(valid[:, None] > 0, ids, 0), mask, 0)
+        self.lengths += valid
+        return self._logits[:, 0].copy()
+
+    def _run(self, rows: Rows, ids: np.ndarray, mask: np.ndarray, column: int) -> None:
+        """One call of the engine for some rows; logits land in their place, hidden states from `column` on."""
+        if self._session is None:
+            raise InputError("run.closed", "the engine is closed", "open it again")
+        binding = self._binding(rows)
+        ids, mask = np.ascontiguousarray(ids), np.ascontiguousarray(mask)
+        for name, array in (("input_ids", ids), ("attention_mask", mask)):
+            binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+        outputs = [np.empty((*ids.shape, self._config.hidden_size), np.float32) for _ in self._hidden_names]
+        for name, array in zip(self._hidden_names, outputs, strict=True):
+            binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        for whole, part in zip(self.hidden, outputs, strict=False):
+            whole[slice(*rows), column : column + ids.shape[1]] = part
+
+    def _binding(self, rows: Rows) -> "ort.IOBinding":
+        """Cache and logits of some rows, bound once: a row is contiguous, so its part is bound by pointer."""
+        assert self._session is not None
+        if rows not in self._bindings:
+            binding = self._session.io_binding()
+            for name, array in self._cache.items():
+                part = array[slice(*rows)]
+                binding.bind_input(f"past_key_values.{name}", "cpu", 0, np.float32, part.shape, part.ctypes.data)
+                binding.bind_output(f"present.{name}", "cpu", 0, np.float32, part.shape, part.ctypes.data)
+            logits = self._logits[slice(*rows)]
+            binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+            self._bindings[rows] = binding
+        return self._bindings[rows]
+
+    def _begin_hidden(self, ids: np.ndarray) -> None:
+        shape = (*ids.shape, self._config.hidden_size)
+        self.hidden = [np.zeros(shape, np.float32) for _ in self._hidden_names]
+
+    def _checked(self, input_ids: np.ndarray, lengths: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ids int64 [B, S] and valid lengths int64 [B], or an InputError before anything changes."""
+        ids, valid = np.asarray(input_ids), np.asarray(lengths)
+        if ids.ndim != 2 or ids.shape[0] != self._batch or ids.dtype.kind not in "iu":
+            raise _bad_shape("input_ids", ids, f"integers [{self._batch}, S]")
+        if valid.shape != (self._batch,) or valid.dtype.kind not in "iu":
+            raise _bad_shape("lengths", valid, f"integers [{self._batch}]")
+        if (valid < 0).any() or (valid > ids.shape[1]).any():
+            raise InputError("run.lengths", f"lengths {valid.tolist()} of rows {ids.shape[1]} wide", "0 to the width")
+        used = ids[np.arange(ids.shape[1]) < valid[:, None]]
+        if used.size and (used.min() < 0 or used.max() >= self._config.vocab_size):
+            raise InputError(
+                "run.token_id",
+                f"token ids from {used.min()} to {used.max()}, the vocabulary has {self._config.vocab_size}",
+                "use the tokenizer of this model",
+            )
+        if (before + valid > self._limit).any():
+            row = int(np.argmax(before + valid))
+            raise InputError(
+                "run.too_long",
+                f"row {row} would hold {int(before[row] + valid[row])} positions, the engine's limit is {self._limit}",
+                "shorten the prompt or build with a larger --max-seq-len",
+            )
+        inside = np.arange(ids.shape[1]) < valid[:, None]
+        return np.where(inside, ids, 0).astype(np.int64), valid.astype(np.int64)
+
+
+def _check_options(limits: Limits, options: RunOptions) -> None:
+    if not 1 <= options.batch <= limits.max_batch:
+        raise InputError(
+            "run.batch", f"batch {options.batch}, the engine was built for 1 to {limits.max_batch}", "see --max-batch"
+        )
+    if options.max_seq_len is not None and not 1 <= options.max_seq_len <= limits.max_seq_len:
+        raise InputError(
+            "run.max_seq_len",
+            f"{options.max_seq_len} positions asked for, the engine was built for up to {limits.max_seq_len}",
+            "build with a larger --max-seq-len",
+        )
+
+
+def _bad_shape(name: str, array: np.ndarray, expected: str) -> InputError:
+    return InputError("run.shape", f"{name} is {array.dtype} {list(array.shape)}, expected {expected}", "")

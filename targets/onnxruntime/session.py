@@ -1,0 +1,60 @@
+"""How engines are opened: session options, threads, and errors in words."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporter.core.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+ERRORS_ONLY = 3
+
+
+def open_session(path: Path, threads: int, hidden: list[str] | None = None) -> "ort.InferenceSession":
+    """An engine, ready to run. `hidden` names values that become outputs as well.
+
+    Raises UnsupportedError when ONNX Runtime is missing.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise UnsupportedError(
+            "onnxruntime.missing", f"ONNX Runtime cannot be imported: {error}", "pip install 'enginesmith[onnxruntime]'"
+        ) from error
+    options = ort.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.intra_op_num_threads = threads or physical_cores()
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    model: str | bytes = str(path)
+    if hidden:
+        model = _with_outputs(path, hidden)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _with_outputs(path: Path, names: list[str]) -> bytes:
+    """The model with further outputs. It holds no weights, so a copy in memory is small."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    for name in names:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may run on: hyper-threads of one core share its vector units."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            package = (topology / "physical_package_id").read_text().strip()
+            cores.add((package, (topology / "core_id").read_text().strip()))
+        except OSError:
+            return len(allowed)
+    return max(1, len(cores))

@@ -1,0 +1,56 @@
+"""The target `onnxruntime`: engines for ONNX Runtime on a CPU, loadable by onnxruntime-genai as they are."""
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from exporter.core.config import ModelConfig
+from exporter.core.progress import Progress
+from exporter.core.recipe import Recipe
+from exporter.core.support import Support
+from targets.base import BuildResult, BuildSource, Limits, Runner, RunOptions
+from targets.onnxruntime.support import recipe_support
+
+MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
+PACKAGES = ("onnxruntime", "onnx", "onnx-ir")
+
+
+class OnnxRuntimeTarget:
+    """Lowers the canonical model to GroupQueryAttention and MatMulNBits; targets.base.Target says what each does."""
+
+    name = "onnxruntime"
+
+    def probe(self) -> Support:
+        missing = [name for name, version in self.versions().items() if not version]
+        if missing:
+            return Support(
+                "refused", f"not installed: {', '.join(missing)}", "pip install 'enginesmith[build,onnxruntime]'"
+            )
+        if platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"):
+            return Support(
+                "refused", f"ONNX Runtime has no fast kernels for {platform.machine()}", "use x86-64 or arm64"
+            )
+        return Support("native")
+
+    def versions(self) -> dict[str, str]:
+        return {name: _version(name) for name in PACKAGES}
+
+    def supports(self, config: ModelConfig, recipe: Recipe) -> Support:
+        return recipe_support(config, recipe)
+
+    def build(self, source: BuildSource, out_dir: Path, progress: Progress) -> BuildResult:
+        from targets.onnxruntime.build import build_engine
+
+        return build_engine(source, out_dir, progress, self.versions())
+
+    def runner(self, engine_dir: Path, config: ModelConfig, limits: Limits, options: RunOptions) -> Runner:
+        from targets.onnxruntime.runner import OnnxRuntimeRunner
+
+        return OnnxRuntimeRunner(engine_dir / MODEL, config, limits, options)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,208 @@
+"""The external data file, written weight by weight and chunk by chunk, never a whole matrix in memory.
+
+Layouts are those of com.microsoft MatMulNBits and GatherBlockQuantized: codes are unsigned, packed along K with
+the first code in the low half of a byte; symmetric codes are stored with an offset of 2^(bits-1), which both
+operators take for the zero point when none is given.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from exporter.core.canonical import CheckpointWeight, RotaryTable
+from exporter.core.checkpoint import Checkpoint
+from exporter.core.errors import InputError
+from exporter.core.weights import QuantizedRows, row_chunks, weight_shape
+from targets.base import RowReader
+from targets.onnxruntime.ortvalues import pack_nibbles
+
+# ONNX Runtime maps external data when it starts on a page boundary.
+ALIGNMENT = 4096
+FLOATS = {
+    "fp32": (ir.DataType.FLOAT, np.dtype(np.float32)),
+    "bf16": (ir.DataType.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
+    "fp16": (ir.DataType.FLOAT16, np.dtype(np.float16)),
+}
+
+
+@dataclass(frozen=True)
+class Region:
+    """Bytes of the file: where they start and how many they are."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A matrix [N, K] in the file: codes (uint8, bits * N * K / 8 bytes), scales float32 [N, K / group] and, if
+    asymmetric, zero points (uint8, packed along K like the codes)."""
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    codes: Region
+    scales: Region
+    zero_points: Region | None
+
+    @property
+    def groups(self) -> int:
+        return self.shape[1] // self.group_size
+
+    @property
+    def group_bytes(self) -> int:
+        return self.group_size * self.bits // 8
+
+    @property
+    def zero_point_bytes(self) -> int:
+        """Bytes of zero points in a row."""
+        return (self.groups * self.bits + 7) // 8
+
+
+class WeightFile:
+    """Writes weights once each, however often they are asked for; `weights_bytes` counts them without padding."""
+
+    def __init__(self, path: Path, checkpoint: Checkpoint, rows: RowReader) -> None:
+        self.path = path
+        self.weights_bytes = 0
+        self._checkpoint, self._rows = checkpoint, rows
+        self._end = 0
+        self._written: dict[CheckpointWeight | RotaryTable, Region | QuantizedMatrix] = {}
+        self._file = -1
+
+    def __enter__(self) -> Self:
+        with output_errors(self.path):
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+
+    def shape(self, weight: CheckpointWeight) -> tuple[int, ...]:
+        return weight_shape(self._checkpoint, weight)
+
+    def tensor(self, name: str, region: Region, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.ExternalTensor:
+        """A view of a region as an initializer called `name`."""
+        return ir.ExternalTensor(
+            self.path.name, region.offset, region.length, dtype, shape=ir.Shape(shape), name=name,
+            base_dir=self.path.parent,
+        )  # fmt: skip
+
+    def floats(self, name: str, weight: CheckpointWeight) -> ir.ExternalTensor:
+        """A weight stored as float32, bfloat16 or float16, in the checkpoint's layout."""
+        dtype, storage = FLOATS[weight.precision.kind]
+        shape = self.shape(weight)
+        region = self._written.get(weight)
+        if region is None:
+            region = self._reserve(int(np.prod(shape)) * storage.itemsize)
+            self._written[weight] = region
+            width = region.length // shape[0]
+            for start, chunk in self._chunks(weight, shape):
+                if isinstance(chunk, QuantizedRows) or chunk.dtype != storage:
+                    raise TypeError(f"rows of {name} are not {storage}")
+                self._write(region.offset + start * width, chunk)
+        assert isinstance(region, Region)
+        return self.tensor(name, region, dtype, shape)
+
+    def table(self, name: str, table: RotaryTable) -> ir.ExternalTensor:
+        """A rotary table, float32 [length, D / 2]."""
+        values = table.values()
+        region = self._written.get(table)
+        if region is None:
+            region = self._reserve(values.nbytes)
+            self._written[table] = region
+            self._write(region.offset, values)
+        assert isinstance(region, Region)
+        return self.tensor(name, region, ir.DataType.FLOAT, values.shape)
+
+    def quantized(self, name: str, weight: CheckpointWeight) -> QuantizedMatrix:
+        """A matrix of integer codes; all regions are filled in one pass over the rows."""
+        if weight not in self._written:
+            matrix = self._layout(name, weight)
+            self._written[weight] = matrix
+            for start, chunk in self._chunks(weight, matrix.shape):
+                if not isinstance(chunk, QuantizedRows):
+                    raise TypeError(f"rows of {name} are {chunk.dtype}, not {weight.precision.describe()}")
+                self._write_quantized(matrix, start, chunk)
+        matrix_or_region = self._written[weight]
+        assert isinstance(matrix_or_region, QuantizedMatrix)
+        return matrix_or_region
+
+    def _layout(self, name: str, weight: CheckpointWeight) -> QuantizedMatrix:
+        rows, width = self.shape(weight)
+        precision = weight.precision
+        assert precision.group_size is not None
+        groups = width // precision.group_size
+        return QuantizedMatrix(
+            name=name,
+            shape=(rows, width),
+            bits=precision.bits,
+            group_size=precision.group_size,
+            codes=self._reserve(rows * width * precision.bits // 8),
+            scales=self._reserve(rows * groups * 4),
+            zero_points=None if precision.symmetric else self._reserve(rows * ((groups * precision.bits + 7) // 8)),
+        )
+
+    def _write_quantized(self, matrix: QuantizedMatrix, start: int, chunk: QuantizedRows) -> None:
+        codes = chunk.codes.view(np.uint8)
+        if chunk.zero_points is None:
+            codes = codes ^ np.uint8(128) if matrix.bits == 8 else (codes ^ np.uint8(8)) & np.uint8(15)
+        self._write(matrix.codes.offset + start * matrix.groups * matrix.group_bytes, _pack(codes, matrix.bits))
+        self._write(matrix.scales.offset + start * matrix.groups * 4, chunk.scales)
+        if chunk.zero_points is not None and matrix.zero_points is not None:
+            packed = _pack(_even_columns(chunk.zero_points, matrix.bits), matrix.bits)
+            self._write(matrix.zero_points.offset + start * matrix.zero_point_bytes, packed)
+
+    def _chunks(
+        self, weight: CheckpointWeight, shape: tuple[int, ...]
+    ) -> Iterator[tuple[int, np.ndarray | QuantizedRows]]:
+        for start, stop in row_chunks(shape):
+            yield start, self._rows(weight, start, stop)
+
+    def _reserve(self, length: int) -> Region:
+        region = Region(self._end, length)
+        self._end = -(-(region.offset + length) // ALIGNMENT) * ALIGNMENT
+        self.weights_bytes += length
+        return region
+
+    def _write(self, offset: int, values: np.ndarray) -> None:
+        view = np.ascontiguousarray(values).view(np.uint8).reshape(-1).data
+        with output_errors(self.path):
+            while view:
+                done = os.pwrite(self._file, view, offset)
+                view, offset = view[done:], offset + done
+
+
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    return pack_nibbles(codes) if bits == 4 else codes
+
+
+def _even_columns(zero_points: np.ndarray, bits: int) -> np.ndarray:
+    """Rows start on a byte, so an odd number of four-bit zero points is padded."""
+    if bits == 8 or zero_points.shape[1] % 2 == 0:
+        return zero_points
+    return np.pad(zero_points, ((0, 0), (0, 1)))
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turns OSError while writing into an InputError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            "output.write",
+            f"cannot write {path.name}: {error.strerror or error}",
+            "free some disk space or choose another output directory",
+        ) from error
