@@ -1,0 +1,151 @@
+"""Slices of the raw or canonical model run on ONNX Runtime with its optimizer off, weights coming and going."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter.core.canonical import EMBEDDING_INPUTS, HEAD_INPUTS, LAYER_INPUTS, CheckpointWeight, RotaryTable, Slice
+from exporter.core.config import ModelConfig
+from exporter.core.weights import QuantizedRows, row_chunks
+from exporter.parity.prologue import split_prologue
+from exporter.parity.schedule import GrowingCache, SliceCache, StaticCache, Step
+from exporter.parity.weight_values import row_ranges, rows_of
+from targets.base import RowReader
+from targets.onnxruntime.slice_session import SliceSession
+
+ACTIVATIONS = {*EMBEDDING_INPUTS, *LAYER_INPUTS, *HEAD_INPUTS, "attention_mask"}
+Feeds = dict[str, np.ndarray]
+
+
+class CompiledSlice:
+    """A structure ready to run, shared by all layers that share the structure."""
+
+    def __init__(self, structure: ir.Model) -> None:
+        inputs = {value.name or "" for value in structure.graph.inputs}
+        split = split_prologue(structure, inputs - ACTIVATIONS)
+        self.raw = "attention_mask" in inputs
+        self._prologue = SliceSession(split.prologue) if split.prologue else None
+        self._body = SliceSession(split.body)
+
+    def prepare(self, weights: Feeds) -> Feeds:
+        """Ready weights for `run`: transposed, dequantized, cast."""
+        ready = {name: array for name, array in weights.items() if name in self._body.input_names}
+        if self._prologue is not None:
+            used = {name: array for name, array in weights.items() if name in self._prologue.input_names}
+            ready |= self._prologue.run(used)
+        return ready
+
+    def run(self, weights: Feeds, activations: Feeds, fetch: list[str] | None = None) -> Feeds:
+        return self._body.run({**weights, **activations}, fetch)
+
+
+class SliceRunner:
+    """Runs slices of one stage; structures are compiled once and kept, weights are not.
+
+    `rows` yields weights at their precision, as the build reads them.
+    """
+
+    def __init__(self, config: ModelConfig, rows: RowReader) -> None:
+        self._config = config
+        self._rows = rows
+        # The structure is kept beside what was made of it: an id is unique only while its object lives.
+        self._compiled: dict[int, tuple[ir.Model, CompiledSlice]] = {}
+
+    def compiled(self, piece: Slice) -> CompiledSlice:
+        key = id(piece.structure)
+        if key not in self._compiled:
+            self._compiled[key] = (piece.structure, CompiledSlice(piece.structure))
+        return self._compiled[key][1]
+
+    def layer(self, piece: Slice, shared: Feeds | None = None) -> "GraphLayer":
+        """A layer with its weights; `shared` holds fp32 tensors by checkpoint name that are already in memory."""
+        compiled = self.compiled(piece)
+        return GraphLayer(compiled, compiled.prepare(self._weights(piece, shared or {})), self._config)
+
+    def embed(self, piece: Slice, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Hidden states [S, H] of rows of ids [S], feeding only the embedding rows that occur."""
+        ids = np.unique(np.concatenate(rows))
+        weights: Feeds = {}
+        for name, weight in piece.weights.items():
+            assert isinstance(weight, CheckpointWeight)
+            parts = [self._entries(name, weight, *bounds) for bounds in row_ranges(ids)]
+            weights |= {key: rows_of(ids, [part[key] for part in parts]) for key in parts[0]}
+        compiled = self.compiled(piece)
+        ready = compiled.prepare(weights)
+        found = [np.searchsorted(ids, row)[None].astype(np.int64) for row in rows]
+        return [compiled.run(ready, {"input_ids": row})["hidden"][0] for row in found]
+
+    def logit_columns(self, piece: Slice, hidden: np.ndarray) -> Iterator[np.ndarray]:
+        """Logits [R, C] over the vocabulary, in the blocks of `row_chunks`, for hidden [R, H]."""
+        compiled = self.compiled(piece)
+        activations = {"hidden": hidden[None]}
+        if any(value.name == "rows" for value in piece.structure.graph.inputs):
+            activations["rows"] = np.arange(len(hidden), dtype=np.int64)
+        for start, stop in row_chunks((self._config.vocab_size, self._config.hidden_size)):
+            weights: Feeds = {}
+            for name, weight in piece.weights.items():
+                assert isinstance(weight, CheckpointWeight)
+                bounds = (start, stop) if name == "lm_head.weight" else (0, self._config.hidden_size)
+                weights |= self._entries(name, weight, *bounds)
+            logits = compiled.run(compiled.prepare(weights), activations)["logits"]
+            yield logits.reshape(len(hidden), stop - start)
+
+    def _weights(self, piece: Slice, shared: Feeds) -> Feeds:
+        feeds: Feeds = {}
+        for name, weight in piece.weights.items():
+            if isinstance(weight, RotaryTable):
+                feeds[name] = weight.values()
+            elif weight.precision.kind == "fp32" and all(source in shared for source in weight.sources):
+                parts = [shared[source] for source in weight.sources]
+                feeds[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            else:
+                feeds |= self._whole(name, weight)
+        return feeds
+
+    def _whole(self, name: str, weight: CheckpointWeight) -> Feeds:
+        shapes = self._config.tensor_shapes
+        rows = sum(shapes[source][0] for source in weight.sources)
+        shape = (rows, *shapes[weight.sources[0]][1:])
+        parts = [self._entries(name, weight, start, stop) for start, stop in row_chunks(shape)]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def _entries(self, name: str, weight: CheckpointWeight, start: int, stop: int) -> Feeds:
+        """Graph inputs for rows of a weight: itself, or codes, scales and zero points."""
+        rows = self._rows(weight, start, stop)
+        if not isinstance(rows, QuantizedRows):
+            return {name: rows}
+        entries = {f"{name}.codes": rows.codes, f"{name}.scales": rows.scales}
+        return entries if rows.zero_points is None else {**entries, f"{name}.zero_points": rows.zero_points}
+
+
+class GraphLayer:
+    """One layer slice with its weights."""
+
+    def __init__(self, compiled: CompiledSlice, weights: Feeds, config: ModelConfig) -> None:
+        self.compiled = compiled
+        self._weights = weights
+        self._config = config
+
+    def cache(self, batch: int, capacity: int) -> SliceCache:
+        return GrowingCache(self._config, batch) if self.compiled.raw else StaticCache(self._config, batch, capacity)
+
+    def filled_cache(self, key: np.ndarray, value: np.ndarray, capacity: int) -> SliceCache:
+        """A cache of one row that already holds [Hkv, P, D]."""
+        return GrowingCache.filled(key, value) if self.compiled.raw else StaticCache.filled(key, value, capacity)
+
+    def step(self, hidden: np.ndarray, step: Step, cache: SliceCache, fetch: list[str] | None = None) -> Feeds:
+        """hidden [B, S, H] through the layer; the cache is updated unless values are fetched."""
+        activations = {"hidden": hidden, **cache.feeds(step)}
+        outputs = self.compiled.run(self._weights, activations, fetch)
+        if fetch is None:
+            cache.store(outputs, step)
+        return outputs
+
+    def run(self, rows: Sequence[np.ndarray], steps: Sequence[Step], cache: SliceCache) -> list[np.ndarray]:
+        """All steps of a batch of rows [S_b, H] -> rows of the same shape; positions no step covers are NaN."""
+        out = [np.full_like(row, np.nan) for row in rows]
+        for step in steps:
+            outputs = self.step(step.gather(rows), step, cache)
+            step.scatter(outputs["hidden_out"], out)
+        return out
