@@ -1,0 +1,113 @@
+"""What a recipe achieves on an architecture, from the config alone: actual precision of every matrix, and the gate."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from exporter.core.config import ModelConfig
+from exporter.core.errors import BudgetError
+from exporter.core.recipe import Precision, Recipe
+
+SOURCE = Precision("fp32")
+
+
+@dataclass(frozen=True)
+class TensorCoverage:
+    """One matrix [N, K]: what the recipe asks, what it gets, and why they differ (empty if they do not)."""
+
+    name: str
+    shape: tuple[int, int]
+    requested: Precision
+    actual: Precision
+    why: str = ""
+
+    @property
+    def covered(self) -> bool:
+        return self.actual == self.requested
+
+    @property
+    def parameters(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def stored_bits(self, scale_bits: int) -> int:
+        """Bits of codes, scales and zero points (packed as the codes are)."""
+        groups = self.parameters // self.actual.group_size if self.actual.group_size else 0
+        per_group = scale_bits + (0 if self.actual.symmetric else self.actual.bits)
+        return self.parameters * self.actual.bits + groups * per_group
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Every matrix of the model: decoder layers, head, embedding.
+
+    `fraction` of their parameters that get what was asked; `bits_per_weight` over the checkpoint's matrices, scales
+    and zero points included (a tied table stored in two precisions counts twice in bits, once in weights).
+    """
+
+    tensors: tuple[TensorCoverage, ...]
+    fraction: float
+    bits_per_weight: float
+
+    def to_json(self) -> dict[str, object]:
+        """The `coverage` object of `plan --json`."""
+        return {
+            "fraction": self.fraction,
+            "bits_per_weight": self.bits_per_weight,
+            "tensors": [
+                {"name": t.name, "requested": t.requested.describe(), "actual": t.actual.describe(), "why": t.why}
+                for t in self.tensors
+            ],
+        }
+
+
+def actual_precision(requested: Precision, width: int) -> Precision:
+    """What a matrix with rows of `width` weights is stored in: fp32 where groups do not divide the width."""
+    return SOURCE if requested.group_size is not None and width % requested.group_size else requested
+
+
+def coverage(config: ModelConfig, recipe: Recipe, scale_bits: int = 32) -> Coverage:
+    """What the recipe achieves on this architecture; `scale_bits` is the size of a stored scale."""
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    tensors = [_tensor("model.embed_tokens.weight", (vocabulary, hidden), recipe.embedding)]
+    for layer in range(config.num_layers):
+        for name, shape in config.linear_shapes.items():
+            tensors.append(_tensor(f"model.layers.{layer}.{name}.weight", shape, recipe.linear))
+    tensors.append(_tensor("lm_head.weight", (vocabulary, hidden), recipe.lm_head))
+    total = sum(t.parameters for t in tensors)
+    covered = sum(t.parameters for t in tensors if t.covered)
+    return Coverage(tuple(tensors), covered / total, _bits_per_weight(config, tensors, scale_bits))
+
+
+def gate(achieved: Coverage, min_coverage: float = 1.0) -> None:
+    """Raise BudgetError (`coverage.missed`) naming every matrix left out, if too many are."""
+    if achieved.fraction >= min_coverage:
+        return
+    missed = [t for t in achieved.tensors if not t.covered]
+    counts = Counter((re.sub(r"\.\d+\.", ".*.", t.name.removesuffix(".weight")), t.why) for t in missed)
+    modules = "; ".join(f"{name} ({why}), {_tensors(count)}" for (name, why), count in counts.items())
+    widths = {t.shape[1] for t in missed}
+    raise BudgetError(
+        "coverage.missed",
+        f"the recipe covers {achieved.fraction:.1%} of the weights, {min_coverage:.1%} asked. Left in fp32: {modules}",
+        f"choose a --group-size that divides {' and '.join(map(str, sorted(widths)))}, or lower --min-coverage",
+    )
+
+
+def _tensor(name: str, shape: tuple[int, int], requested: Precision) -> TensorCoverage:
+    actual = actual_precision(requested, shape[1])
+    why = "" if actual == requested else f"K={shape[1]} not divisible by {requested.group_size}"
+    return TensorCoverage(name, shape, requested, actual, why)
+
+
+def _bits_per_weight(config: ModelConfig, tensors: list[TensorCoverage], scale_bits: int) -> float:
+    embedding, head = tensors[0], tensors[-1]
+    stored = sum(t.stored_bits(scale_bits) for t in tensors)
+    weights = sum(t.parameters for t in tensors)
+    if config.tie_word_embeddings:
+        weights -= head.parameters
+        stored -= head.stored_bits(scale_bits) if head.actual == embedding.actual else 0
+    return stored / weights
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count} tensors"
