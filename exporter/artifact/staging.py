@@ -30,6 +30,7 @@ def staged_directory(final: Path, force: bool = False, source: Path | None = Non
     final = _absolute(final)
     check_output(final, force, source)
     remove_stale(final)
+    check_output(final, force, source)  # again: an artifact may have been restored
     staging, lock = _create(final)
     try:
         yield staging
@@ -129,10 +130,12 @@ def _lock(descriptor: int) -> bool | None:
 def remove_stale(final: Path) -> None:
     """Remove what killed builds of `final` left beside it; restore an artifact one was about to replace."""
     for path in _siblings(final, "replaced"):
-        if not os.path.lexists(final):
-            path.rename(final)
-        elif _is_dead(_pid(path)):
+        if not _is_dead(_pid(path)):
+            continue
+        if os.path.lexists(final):
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(final)
     for path in _siblings(final, "building"):
         _remove_abandoned(path)
 

@@ -1,0 +1,256 @@
+"""The manifest: round trip, determinism, the published schema, and hostile JSON."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from exporter.artifact.json_fields import canonical_json
+from exporter.artifact.manifest import (
+    SEAL,
+    PrecisionTable,
+    artifact_digest,
+    decode_manifest,
+    encode_manifest,
+    write_manifest,
+)
+from exporter.core.config import ModelConfig
+from exporter.core.errors import ArtifactError
+from exporter.core.recipe import Precision, Recipe
+from tests.artifact.sample import config, manifest, write_files
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "manifest.schema.json"
+FP32 = Precision()
+
+
+def sealed(value: dict[str, Any]) -> bytes:
+    """What an attacker writes: any object with a correct seal."""
+    return canonical_json({**value, SEAL: hashlib.sha256(canonical_json(value)).hexdigest()})
+
+
+def kind_of(data: bytes) -> str:
+    with pytest.raises(ArtifactError) as caught:
+        decode_manifest(data)
+    assert caught.value.exit_code == 5 and caught.value.message and caught.value.remedy
+    return caught.value.kind
+
+
+def facts(model: ModelConfig) -> dict[str, object]:
+    return {name: value for name, value in vars(model).items() if name != "raw"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_parameters": None, "eos_token_id": None, "bos_token_id": None},
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 32, "pad_token_id": 7},
+    ],
+)
+def test_round_trip(changes: dict[str, object], tmp_path: Path) -> None:
+    write_files(tmp_path)
+    source = manifest().source
+    given = manifest(source=type(source)(source.digest, config(**changes)), parity=None)
+    written, digest = write_manifest(tmp_path, given)
+    data = (tmp_path / "manifest.json").read_bytes()
+    read = decode_manifest(data)
+    assert read.to_json() == written.to_json() and encode_manifest(read) == data
+    assert facts(read.source.config) == facts(given.source.config)
+    assert digest == artifact_digest(data) == hashlib.sha256(data).hexdigest()
+    assert [entry.path for entry in read.files] == [
+        "empty.txt",
+        "extra/notes.txt",
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
+    ]
+
+
+def test_recipes_round_trip() -> None:
+    recipe = Recipe("mine", Precision("int4", 32, False), Precision("int8", 16), Precision("bf16"), "fp32")
+    assert decode_manifest(encode_manifest(manifest(recipe=recipe))).recipe == recipe
+    described = manifest(recipe=recipe).to_json()["recipe"]["description"]
+    assert described == "linear int4/g32/asym, lm_head int8/g16, embedding bf16, kv_cache fp32"
+
+
+def test_two_builds_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_files(tmp_path / name)
+        write_manifest(tmp_path / name, manifest())
+    one, two = ((tmp_path / name / "manifest.json").read_bytes() for name in ("one", "two"))
+    assert one == two
+    reordered = manifest(toolchain={"b": "2", "a": "1"}), manifest(toolchain={"a": "1", "b": "2"})
+    assert encode_manifest(reordered[0]) == encode_manifest(reordered[1])
+
+
+def test_the_published_schema_holds_for_real_manifests(tmp_path: Path) -> None:
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    write_files(tmp_path)
+    write_manifest(tmp_path, manifest())
+    value = json.loads((tmp_path / "manifest.json").read_text())
+    validator.validate(value)
+    assert value.keys() == schema["properties"].keys() == set(schema["required"])
+    for name in value:
+        lacking = {key: item for key, item in value.items() if key != name}
+        assert not validator.is_valid(lacking), name
+
+
+def test_a_newer_schema_is_named() -> None:
+    value = manifest().to_json()
+    assert kind_of(sealed({**value, "schema_version": 2, "news": 1})) == "artifact.newer"
+    assert kind_of(b'{"schema_version": 99}') == "artifact.newer"
+
+
+def test_every_missing_or_mistyped_field_is_refused() -> None:
+    value = manifest().to_json()
+    for name, item in value.items():
+        assert kind_of(sealed({key: v for key, v in value.items() if key != name})) == "artifact.manifest"
+        for wrong in (None, [], {}, "x", -1, 1.5, True, [{}], {"a": {}}, 1 << 62):
+            hostile = {**value, name: wrong}
+            if type(wrong) is type(item) or (name == "parity" and wrong in (None, {"a": {}}, {})):
+                continue
+            if name in ("pad_token_id", "bos_token_id") and wrong is None:
+                continue
+            assert kind_of(sealed(hostile)) in ("artifact.manifest", "artifact.newer"), (name, wrong)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "wrong"),
+    [
+        ("source", "architecture", "OtherForCausalLM"),
+        ("source", "digest", "AB" * 32),
+        ("source", "config", {}),
+        ("limits", "max_seq_len", 1 << 40),
+        ("limits", "max_batch", 0),
+        ("recipe", "kv_cache", None),
+        ("recipe", "description", "another one"),
+        ("recipe", "linear", {"kind": "int3", "group_size": 32, "symmetric": True}),
+        ("recipe", "linear", {"kind": "int4", "group_size": 33, "symmetric": True}),
+        ("recipe", "linear", {"kind": "fp32", "group_size": 32, "symmetric": True}),
+        ("recipe", "surprise", 1),
+        ("coverage", "tensors", [{"name": "x"}]),
+        ("coverage", "fraction", "all"),
+        ("requirements", "cpu_features", "avx2"),
+        ("requirements", "cpu_features", [1]),
+        ("toolchain", "onnxruntime", 1),
+    ],
+)
+def test_wrong_values_inside_sections_are_refused(section: str, name: str, wrong: object) -> None:
+    value = manifest().to_json()
+    assert kind_of(sealed({**value, section: {**value[section], name: wrong}})) == "artifact.manifest"
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("hidden_size", 10**18),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", 3),
+        ("rms_norm_eps", 10**300),
+        ("rope_parameters", {"rope_type": "yarn"}),
+        ("rope_parameters", []),
+        ("head_dim", "16"),
+        ("unknown", 1),
+    ],
+)
+def test_impossible_configurations_are_refused(name: str, wrong: object) -> None:
+    value = manifest().to_json()
+    source = {**value["source"], "config": {**value["source"]["config"], name: wrong}}
+    assert kind_of(sealed({**value, "source": source})) == "artifact.manifest"
+
+
+@pytest.mark.parametrize("ids", [[-1], [320], ["1"], [None], [[1]], [True], [1.0], [1 << 40]])
+def test_impossible_token_ids_are_refused(ids: list[object]) -> None:
+    assert kind_of(sealed({**manifest().to_json(), "eos_token_ids": ids})) == "artifact.manifest"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "/etc/passwd",
+        "../x",
+        "a/../../x",
+        "a//b",
+        "./a",
+        "a\\b",
+        "C:x",
+        "a\x00b",
+        "a\nb",
+        "x" * 300,
+        "manifest.json",
+    ],
+)
+def test_paths_that_leave_the_directory_are_refused(path: str) -> None:
+    entry = {"path": path, "bytes": 1, "sha256": "00" * 32, "chunks": []}
+    assert kind_of(sealed({**manifest().to_json(), "files": [entry]})) == "artifact.path"
+
+
+def test_duplicate_paths_are_refused() -> None:
+    entry = {"path": "a", "bytes": 1, "sha256": "00" * 32, "chunks": []}
+    assert kind_of(sealed({**manifest().to_json(), "files": [entry, entry]})) == "artifact.path"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bytes": -1},
+        {"bytes": 1 << 60},
+        {"sha256": "xyz"},
+        {"chunks": ["00" * 32]},
+        {"chunks": None},
+        {"bytes": 17 << 20},
+        {"bytes": 17 << 20, "chunks": ["00" * 32, "zz"]},
+        {"path": 1},
+        {"more": 1},
+    ],
+)
+def test_wrong_file_entries_are_refused(wrong: dict[str, object]) -> None:
+    entry = {"path": "a", "bytes": 1, "sha256": "00" * 32, "chunks": [], **wrong}
+    assert kind_of(sealed({**manifest().to_json(), "files": [entry]})) == "artifact.manifest"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"{",
+        b"\xff\xfe",
+        b'{"schema_version": 1, "schema_version": 1}',
+        b'{"schema_version": true}',
+        b'{"schema_version": 0}',
+        b'{"schema_version": 1e400}',
+        b'{"schema_version": NaN}',
+        b'{"a": ' * 100_000,
+        b'{"schema_version": 1, "x": ' + b"[" * 400 + b"]" * 400 + b"}",
+        b'{"schema_version": 1, "x": ' + b"9" * 10_000 + b"}",
+        b'{"schema_version": 1, "x": ' + b"9" * 400 + b"}",
+        b'{"schema_version": 1, "x": "\\ud800"}',
+        b'{"schema_version": 1, "\\udfff": 1}',
+    ],
+    ids=range(16),
+)
+def test_hostile_json_is_refused(data: bytes) -> None:
+    assert kind_of(data) == "artifact.manifest"
+
+
+def test_any_other_spelling_is_noticed() -> None:
+    data = encode_manifest(manifest())
+    decode_manifest(data)
+    assert kind_of(data + b" ") == "artifact.manifest"
+    assert kind_of(json.dumps(json.loads(data)).encode()) == "artifact.manifest"
+    assert kind_of(data.replace(b"0.1.0", b"0.1.1")) == "artifact.manifest"
+
+
+def test_coverage_comes_from_the_plan_object() -> None:
+    tensor = {"name": "w", "requested": "int4/g32", "actual": "fp32", "why": "width"}
+    table = PrecisionTable.from_json({"fraction": 0.5, "bits_per_weight": 18.0, "tensors": [tensor]})
+    assert (table.fraction, table.tensors[0].why) == (0.5, "width")
