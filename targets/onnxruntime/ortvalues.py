@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 
+from calibration.codecs import pack_nibbles
+
 if TYPE_CHECKING:
     import onnxruntime as ort
 
@@ -23,14 +25,6 @@ NUMPY_TYPES: dict[int, np.dtype] = {
     BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
 FOUR_BIT = (UINT4, INT4)
-
-
-def pack_nibbles(codes: np.ndarray) -> np.ndarray:
-    """Four-bit codes, one a byte, any shape -> uint8, two a byte, the first in the low half (ONNX's layout)."""
-    flat = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    return (flat[0::2] & 15) | (flat[1::2] << 4)
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class Feed:
         if element_type in FOUR_BIT:
             if array.dtype.itemsize != 1:
                 raise TypeError(f"{name}: four-bit codes come one a byte, not as {array.dtype}")
-            return Feed(pack_nibbles(array), list(array.shape), element_type)
+            return Feed(pack_nibbles(array.reshape(-1)), list(array.shape), element_type)
         if array.dtype != NUMPY_TYPES[element_type]:
             raise TypeError(f"{name}: expected {NUMPY_TYPES[element_type]}, got {array.dtype}")
         return Feed(np.ascontiguousarray(array), list(array.shape), element_type)

@@ -1,8 +1,6 @@
 """The external data file, written weight by weight and chunk by chunk, never a whole matrix in memory.
 
-Layouts are those of com.microsoft MatMulNBits and GatherBlockQuantized: codes are unsigned, packed along K with
-the first code in the low half of a byte; symmetric codes are stored with an offset of 2^(bits-1), which both
-operators take for the zero point when none is given.
+Integer layouts are those of com.microsoft MatMulNBits (calibration/codecs.py), which GatherBlockQuantized reads too.
 """
 
 import os
@@ -11,18 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from calibration.codecs import pack_zero_points, to_matmul_nbits
 from exporter.core.canonical import CheckpointWeight, RotaryTable
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.errors import InputError
 from exporter.core.weights import QuantizedRows, row_chunks, weight_shape
 from targets.base import RowReader
-from targets.onnxruntime.ortvalues import pack_nibbles
 
 # ONNX Runtime maps external data when it starts on a page boundary.
 ALIGNMENT = 4096
@@ -31,6 +29,16 @@ FLOATS = {
     "bf16": (ir.DataType.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
     "fp16": (ir.DataType.FLOAT16, np.dtype(np.float16)),
 }
+
+
+Rows = np.ndarray | QuantizedRows
+
+
+@runtime_checkable
+class StreamedRows(Protocol):
+    """A row reader that prepares a weight's rows ahead, in order, as (start, stop, rows)."""
+
+    def iterate_rows(self, weight: CheckpointWeight) -> Iterator[tuple[int, int, Rows]]: ...
 
 
 @dataclass(frozen=True)
@@ -155,20 +163,20 @@ class WeightFile:
         )
 
     def _write_quantized(self, matrix: QuantizedMatrix, start: int, chunk: QuantizedRows) -> None:
-        codes = chunk.codes.view(np.uint8)
-        if chunk.zero_points is None:
-            codes = codes ^ np.uint8(128) if matrix.bits == 8 else (codes ^ np.uint8(8)) & np.uint8(15)
-        self._write(matrix.codes.offset + start * matrix.groups * matrix.group_bytes, _pack(codes, matrix.bits))
+        self._write(matrix.codes.offset + start * matrix.groups * matrix.group_bytes, to_matmul_nbits(chunk))
         self._write(matrix.scales.offset + start * matrix.groups * 4, chunk.scales)
-        if chunk.zero_points is not None and matrix.zero_points is not None:
-            packed = _pack(_even_columns(chunk.zero_points, matrix.bits), matrix.bits)
+        packed = pack_zero_points(chunk)
+        if packed is not None and matrix.zero_points is not None:
             self._write(matrix.zero_points.offset + start * matrix.zero_point_bytes, packed)
 
-    def _chunks(
-        self, weight: CheckpointWeight, shape: tuple[int, ...]
-    ) -> Iterator[tuple[int, np.ndarray | QuantizedRows]]:
-        for start, stop in row_chunks(shape):
-            yield start, self._rows(weight, start, stop)
+    def _chunks(self, weight: CheckpointWeight, shape: tuple[int, ...]) -> Iterator[tuple[int, Rows]]:
+        """(first row, rows), prepared ahead by a reader that can."""
+        if isinstance(self._rows, StreamedRows) and len(shape) > 1:
+            for start, _, rows in self._rows.iterate_rows(weight):
+                yield start, rows
+        else:
+            for start, stop in row_chunks(shape):
+                yield start, self._rows(weight, start, stop)
 
     def _reserve(self, length: int) -> Region:
         region = Region(self._end, length)
@@ -182,17 +190,6 @@ class WeightFile:
             while view:
                 done = os.pwrite(self._file, view, offset)
                 view, offset = view[done:], offset + done
-
-
-def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    return pack_nibbles(codes) if bits == 4 else codes
-
-
-def _even_columns(zero_points: np.ndarray, bits: int) -> np.ndarray:
-    """Rows start on a byte, so an odd number of four-bit zero points is padded."""
-    if bits == 8 or zero_points.shape[1] % 2 == 0:
-        return zero_points
-    return np.pad(zero_points, ((0, 0), (0, 1)))
 
 
 @contextmanager
