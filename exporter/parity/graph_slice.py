@@ -5,7 +5,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from exporter.core.canonical import EMBEDDING_INPUTS, HEAD_INPUTS, LAYER_INPUTS, CheckpointWeight, RotaryTable, Slice
+from exporter.core.canonical import (
+    EMBEDDING_INPUTS,
+    HEAD_INPUTS,
+    LAYER_INPUTS,
+    LAYER_OUTPUTS,
+    CheckpointWeight,
+    RotaryTable,
+    Slice,
+)
 from exporter.core.config import ModelConfig
 from exporter.core.weights import QuantizedRows, row_chunks
 from exporter.parity.prologue import split_prologue
@@ -18,13 +26,18 @@ ACTIVATIONS = {*EMBEDDING_INPUTS, *LAYER_INPUTS, *HEAD_INPUTS, "attention_mask"}
 Feeds = dict[str, np.ndarray]
 
 
+class SliceFailed(RuntimeError):
+    """ONNX Runtime could not run a slice: its graph is wrong, for instance in a shape."""
+
+
 class CompiledSlice:
-    """A structure ready to run, shared by all layers that share the structure."""
+    """A structure ready to run, shared by all layers that share the structure. `body` is what runs each step."""
 
     def __init__(self, structure: ir.Model) -> None:
         inputs = {value.name or "" for value in structure.graph.inputs}
         split = split_prologue(structure, inputs - ACTIVATIONS)
         self.raw = "attention_mask" in inputs
+        self.body = split.body
         self._prologue = SliceSession(split.prologue) if split.prologue else None
         self._body = SliceSession(split.body)
 
@@ -33,11 +46,21 @@ class CompiledSlice:
         ready = {name: array for name, array in weights.items() if name in self._body.input_names}
         if self._prologue is not None:
             used = {name: array for name, array in weights.items() if name in self._prologue.input_names}
-            ready |= self._prologue.run(used)
+            ready |= _run(self._prologue, used, None)
         return ready
 
     def run(self, weights: Feeds, activations: Feeds, fetch: list[str] | None = None) -> Feeds:
-        return self._body.run({**weights, **activations}, fetch)
+        return _run(self._body, {**weights, **activations}, fetch)
+
+
+def _run(session: SliceSession, feeds: Feeds, fetch: list[str] | None) -> Feeds:
+    try:
+        return session.run(feeds, fetch)
+    except Exception as error:
+        # Its exceptions have no base class of their own, and the runtime is not imported here.
+        if type(error).__module__.startswith("onnxruntime"):
+            raise SliceFailed(str(error)) from error
+        raise
 
 
 class SliceRunner:
@@ -124,7 +147,7 @@ class GraphLayer:
 
     def __init__(self, compiled: CompiledSlice, weights: Feeds, config: ModelConfig) -> None:
         self.compiled = compiled
-        self._weights = weights
+        self.weights = weights
         self._config = config
 
     def cache(self, batch: int, capacity: int) -> SliceCache:
@@ -135,11 +158,10 @@ class GraphLayer:
         return GrowingCache.filled(key, value) if self.compiled.raw else StaticCache.filled(key, value, capacity)
 
     def step(self, hidden: np.ndarray, step: Step, cache: SliceCache, fetch: list[str] | None = None) -> Feeds:
-        """hidden [B, S, H] through the layer; the cache is updated unless values are fetched."""
-        activations = {"hidden": hidden, **cache.feeds(step)}
-        outputs = self.compiled.run(self._weights, activations, fetch)
-        if fetch is None:
-            cache.store(outputs, step)
+        """hidden [B, S, H] through the layer; `fetch` names inner values that come with the outputs."""
+        names = list(dict.fromkeys([*LAYER_OUTPUTS, *(fetch or [])]))
+        outputs = self.compiled.run(self.weights, {"hidden": hidden, **cache.feeds(step)}, names)
+        cache.store(outputs, step)
         return outputs
 
     def run(self, rows: Sequence[np.ndarray], steps: Sequence[Step], cache: SliceCache) -> list[np.ndarray]:

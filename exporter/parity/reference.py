@@ -80,7 +80,7 @@ class EagerModel:
         module.requires_grad_(False).eval()
         if self.integer_activations:
             self._round_inputs(module, prefix)
-        return EagerLayer(module, self._rotary, self.chunk)
+        return EagerLayer(module, self._rotary, self.chunk, {prefix + name: array for name, array in tensors.items()})
 
     def boundaries(self, rows: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
         """The residual stream [S, H] of each row of ids: entering layer 0, 1, ..., then leaving the last layer."""
@@ -95,9 +95,14 @@ class EagerModel:
         """(start, stop, logits [R, stop - start]) over the vocabulary, for hidden [R, H] leaving the last layer."""
         x = self._head_input(hidden)
         name = self.config.head_source
-        for start, stop in row_chunks((self.config.vocab_size, self.config.hidden_size)):
+        for start, stop in self.column_ranges:
             weight = torch.from_numpy(self.values.read("head", name, start, stop))
             yield start, stop, (x @ weight.T).numpy()
+
+    @property
+    def column_ranges(self) -> Iterator[tuple[int, int]]:
+        """The blocks of vocabulary columns in which logits are made."""
+        return row_chunks((self.config.vocab_size, self.config.hidden_size))
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits [R, V] at once: for few rows."""
@@ -132,10 +137,13 @@ class _RoundInput:
 
 
 class EagerLayer:
-    """One LlamaDecoderLayer with weights."""
+    """One LlamaDecoderLayer with weights; `tensors` are those weights by checkpoint name, in the same memory."""
 
-    def __init__(self, module: LlamaDecoderLayer, rotary: LlamaRotaryEmbedding, chunk: int) -> None:
+    def __init__(
+        self, module: LlamaDecoderLayer, rotary: LlamaRotaryEmbedding, chunk: int, tensors: dict[str, np.ndarray]
+    ) -> None:
         self.module = module
+        self.tensors = tensors
         self._rotary = rotary
         self._chunk = chunk
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from calibration.coverage import actual_precision
 from exporter.core.canonical import CanonicalModel, CheckpointWeight, Slice
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
@@ -59,7 +60,7 @@ class WeightPrecisions:
         for layer in range(config.num_layers):
             for name, (_, width) in config.linear_shapes.items():
                 wanted[("layer", f"model.layers.{layer}.{name}.weight")] = (recipe.linear, width)
-        return WeightPrecisions({key: p for key, (p, width) in wanted.items() if not width % (p.group_size or 1)})
+        return WeightPrecisions({key: actual_precision(p, width) for key, (p, width) in wanted.items()})
 
     def get(self, part: str, name: str) -> Precision:
         return self.by_tensor.get((part, name), Precision())

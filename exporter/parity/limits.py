@@ -1,0 +1,94 @@
+"""Every limit of the parity contract in one table, each with its reason. Nothing else in the code sets one."""
+
+import math
+from dataclasses import dataclass
+
+from exporter.core.errors import UnsupportedError
+from exporter.core.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class EagerLimits:
+    """A model against eager: relative L2 of logits, KL in nats, perplexity ratio. None: reported, not gated."""
+
+    relative_l2_error: float | None
+    kl_divergence_mean: float
+    kl_divergence_max: float | None
+    perplexity_ratio: float
+    why: str
+
+
+FP32 = EagerLimits(
+    2e-5,
+    1e-7,
+    1e-6,
+    1.0001,
+    "the same float32 products summed in another order: 1.6e-6 measured on three random layers, growing slowly "
+    "with depth; KL is quadratic in the error, so 1e-7 leaves room for logits far larger than any trained model's",
+)
+FP16 = EagerLimits(
+    3e-3,
+    1e-4,
+    None,
+    1.001,
+    "float16 keeps 11 bits: each weight errs by at most 2^-11 = 5e-4, and independent errors add up over depth",
+)
+BF16 = EagerLimits(
+    3e-2, 2e-3, None, 1.005, "bfloat16 keeps 8 bits: 2^-8 = 4e-3 a weight; exact where the checkpoint is bfloat16"
+)
+INT8 = EagerLimits(
+    None, 0.003, None, 1.005, "8-bit codes with a scale per group err by at most 1/254 of the group's largest weight"
+)
+INT4_FINE = EagerLimits(
+    None, 0.05, None, 1.05, "16 levels, groups of at most 32; the maximum is reported: one flat position dominates it"
+)
+INT4_COARSE = EagerLimits(None, 0.10, None, 1.10, "16 levels, groups above 32: one outlier coarsens more weights")
+
+LOCAL_ERROR = 4e-6
+"""One lossless slice given the reference's own input, relative L2 of its output (hidden states or logits).
+Measured 2e-7 to 1e-6 over the tiny shapes and a 2048-wide layer; rounding grows with the square root of width."""
+
+CHAINED_ERROR = 2e-5
+"""Hidden states of a lossless stage that ran on its own from the start: the contract's ceiling for fp32."""
+
+SIMULATION_FP32 = 1e-3
+"""Engine against its simulated quantization, where it computes in float32: sums in other orders, fused kernels."""
+
+SIMULATION_COARSE = 1e-2
+"""The same where activations are quantized (a value near a rounding boundary flips by a whole step) or arithmetic
+is half precision. Also how far two ways through one such engine (decode, chunks, batches) may differ."""
+
+SELF_FP32 = 2e-5
+"""Two ways through one float32 engine: each is within the fp32 limit of eager, and they share their weights."""
+
+
+def eager_limits(recipe: Recipe) -> EagerLimits:
+    """The row of the table that a recipe is held to; integer rows by the coarsest group size in use."""
+    rows = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": INT8}
+    if recipe.parity_class in rows:
+        return rows[recipe.parity_class]
+    if recipe.parity_class == "int4":
+        parts = (recipe.linear, recipe.lm_head, recipe.embedding)
+        groups = [part.group_size or 0 for part in parts if part.kind == "int4"]
+        return INT4_FINE if max(groups) <= 32 else INT4_COARSE
+    raise UnsupportedError("parity.class", f"no parity limits for precision class {recipe.parity_class!r}", "")
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """An engine against its simulation, and against itself on another way through its cache."""
+
+    simulation: float
+    consistency: float
+
+
+def engine_limits(recipe: Recipe, *, integer_activations: bool, half_arithmetic: bool = False) -> EngineLimits:
+    """`integer_activations`: the engine rounds activations to int8 before integer matrices."""
+    if integer_activations or half_arithmetic:
+        return EngineLimits(SIMULATION_COARSE, SIMULATION_COARSE)
+    return EngineLimits(CHAINED_ERROR if recipe.lossless else SIMULATION_FP32, SELF_FP32)
+
+
+def within(value: float, limit: float | None) -> bool:
+    """Whether a measured value passes. NaN and infinity never do, even where nothing is gated."""
+    return math.isfinite(value) and (limit is None or value <= limit)

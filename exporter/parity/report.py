@@ -1,0 +1,157 @@
+"""What verification found, as data: the `verify` JSON of the contract plus the per-layer errors behind it."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from exporter.parity.limits import EagerLimits, within
+from exporter.parity.metrics import LogitMetrics
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured value and its gate; `limit` None is reported, not gated. `value` None: could not be measured here,
+    `note` says why."""
+
+    name: str
+    value: float | None
+    limit: float | None = None
+    stage: str = "compile"
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.limit is None if self.value is None else within(self.value, self.limit)
+
+    def to_json(self) -> dict[str, Any]:
+        data = {"name": self.name, "value": finite(self.value), "limit": self.limit, "passed": self.passed}
+        return {**data, "stage": self.stage} | ({"note": self.note} if self.note else {})
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where things first went wrong. `layer` None: in the embedding or the head. `error` is relative L2 there.
+
+    `value` names the graph's value, `suspects` the operators between the last good values and it.
+    """
+
+    stage: str
+    layer: int | None
+    operator: str | None
+    error: float
+    part: str = "layer"
+    value: str | None = None
+    suspects: tuple[str, ...] = ()
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        data = {"stage": self.stage, "layer": self.layer, "operator": self.operator, "error": finite(self.error)}
+        more = {"part": self.part, "value": self.value, "suspects": list(self.suspects)}
+        return {**data, **more} | ({"note": self.note} if self.note else {})
+
+    def describe(self) -> str:
+        where = f"layer {self.layer}" if self.layer is not None else f"the {self.part}"
+        operator = f", operator {self.operator}" if self.operator else ""
+        return f"stage {self.stage}, {where}{operator}, relative L2 error {self.error:.2g}"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage held to the reference. `layer_errors`: relative L2 to eager of the hidden states after the embedding
+    and after each layer, the stage running on its own; `local_errors`: of the embedding, each layer and the head,
+    given the reference's input."""
+
+    stage: str
+    checks: tuple[Check, ...] = ()
+    layer_errors: tuple[float, ...] = ()
+    local_errors: tuple[float, ...] = ()
+    divergence: Divergence | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.divergence is None and all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "passed": self.passed,
+            "checks": [check.to_json() for check in self.checks],
+            "layer_errors": [finite(error) for error in self.layer_errors],
+            "local_errors": [finite(error) for error in self.local_errors],
+        }
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What stands behind a pass. None: not run; never counted as passed."""
+
+    graph_parity: bool | None
+    built_by: str
+    engine_run: bool | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"graph_parity": self.graph_parity, "built_by": self.built_by, "engine_run": self.engine_run}
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The result of a verification. `positions` are those whose logits were compared."""
+
+    target: str
+    recipe: str
+    perplexity_reference: float
+    perplexity_engine: float
+    checks: tuple[Check, ...]
+    proof: Proof
+    stages: tuple[StageResult, ...] = ()
+    first_divergence: Divergence | None = None
+    positions: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Every gate that ran passed, and an engine ran: what was not run never counts as passed."""
+        return (
+            self.proof.engine_run is True
+            and self.proof.graph_parity is not False
+            and self.first_divergence is None
+            and all(check.passed for check in self.checks)
+            and all(stage.passed for stage in self.stages)
+        )
+
+    @property
+    def failures(self) -> list[Check]:
+        checks = [*self.checks, *(check for stage in self.stages for check in stage.checks)]
+        return list(dict.fromkeys(check for check in checks if not check.passed))
+
+    def to_json(self) -> dict[str, Any]:
+        """The `verify` object; what is not finite becomes null."""
+        return {
+            "passed": self.passed,
+            "target": self.target,
+            "recipe": self.recipe,
+            "perplexity_reference": finite(self.perplexity_reference),
+            "perplexity_engine": finite(self.perplexity_engine),
+            "checks": [check.to_json() for check in self.checks],
+            "first_divergence": self.first_divergence.to_json() if self.first_divergence else None,
+            "proof": self.proof.to_json(),
+            "positions": self.positions,
+            "stages": [stage.to_json() for stage in self.stages],
+            "facts": self.facts,
+        }
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def eager_checks(metrics: LogitMetrics, limits: EagerLimits, stage: str = "compile") -> tuple[Check, ...]:
+    """The contract's checks against eager; agreement of the top token is reported, not gated: near-ties flip."""
+    return (
+        Check("relative_l2_error", metrics.relative_l2_error, limits.relative_l2_error, stage),
+        Check("kl_divergence_mean", metrics.kl_divergence_mean, limits.kl_divergence_mean, stage),
+        Check("kl_divergence_max", metrics.kl_divergence_max, limits.kl_divergence_max, stage),
+        Check("perplexity_ratio", metrics.perplexity_ratio, limits.perplexity_ratio, stage),
+        Check("top1_agreement", metrics.top1_agreement, None, stage),
+    )

@@ -1,0 +1,82 @@
+"""Which positions are compared, what follows them in the text, and what eager models say about them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from exporter.parity.inputs import ParityInputs
+from exporter.parity.metrics import LogitComparison, LogitMetrics
+from exporter.parity.reference import EagerModel
+
+Advance = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Some positions of one row of `ParityInputs.rows`."""
+
+    group: str
+    row: int
+    positions: np.ndarray
+
+
+def scored_positions(inputs: ParityInputs) -> list[Scored]:
+    """`main` (prefill and decode), each `ragged` row, and the `tail` of the long row, in this order."""
+    ragged = [Scored("ragged", i + 1, inputs.ragged_positions(i)) for i in range(len(inputs.ragged))]
+    return [Scored("main", 0, inputs.main_positions), *ragged, Scored("tail", 0, inputs.tail_positions)]
+
+
+def targets(inputs: ParityInputs, scored: Iterable[Scored]) -> np.ndarray:
+    """The id that follows each scored position, int64 [R]; -1 at the end of a row."""
+    parts = []
+    for each in scored:
+        following = np.append(inputs.rows[each.row][1:], -1)
+        parts.append(following[each.positions])
+    return np.concatenate(parts)
+
+
+def take(hidden: list[np.ndarray], scored: Iterable[Scored]) -> np.ndarray:
+    """Hidden states [R, H] of the scored positions out of rows [S, H]."""
+    return np.concatenate([hidden[each.row][each.positions] for each in scored])
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What an eager model says: hidden states leaving its last layer at all scored positions [R, H], and the
+    residual stream [S, H] at every boundary for the prompt of the last ragged row."""
+
+    model: EagerModel
+    final: np.ndarray
+    probe: list[np.ndarray]
+
+
+def expect(model: EagerModel, inputs: ParityInputs, advance: Advance) -> Expectation:
+    """Run an eager model over all rows."""
+    prompt = inputs.ragged_prompts[-1]
+    probe: list[np.ndarray] = []
+    hidden: list[np.ndarray] = []
+    for index, hidden in enumerate(model.boundaries(inputs.rows)):
+        probe.append(hidden[-1][:prompt].copy())
+        advance(index / (model.config.num_layers + 1), f"layer {index} of {model.config.num_layers}")
+    return Expectation(model, take(hidden, scored_positions(inputs)), probe)
+
+
+def compare_logits(
+    reference: Iterable[np.ndarray], candidate: Iterable[np.ndarray], following: np.ndarray
+) -> LogitMetrics:
+    """Metrics over [R, C] blocks of vocabulary columns from two sides."""
+    comparison = LogitComparison(following)
+    for expected, found in zip(reference, candidate, strict=True):
+        comparison.update(expected, found)
+    return comparison.result()
+
+
+def columns(model: EagerModel, hidden: np.ndarray) -> Iterable[np.ndarray]:
+    """The logits of hidden states [R, H] in blocks of vocabulary columns."""
+    return (block for _, _, block in model.logit_columns(hidden))
+
+
+def column_blocks(logits: np.ndarray, model: EagerModel) -> Iterable[np.ndarray]:
+    """Logits [R, V] that are already there, cut into the same blocks as `columns`."""
+    return (logits[:, start:stop] for start, stop in model.column_ranges)

@@ -1,0 +1,154 @@
+"""All stages through all layers: the eager model runs layer by layer, and every stage's graphs run beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from exporter.core.canonical import CanonicalModel, Slice
+from exporter.core.checkpoint import Checkpoint
+from exporter.core.progress import Progress
+from exporter.core.recipe import Recipe
+from exporter.parity.graph_slice import GraphLayer, SliceFailed, SliceRunner
+from exporter.parity.inputs import ParityInputs
+from exporter.parity.limits import FP32, eager_limits
+from exporter.parity.localise import Evidence, Suspect, localise
+from exporter.parity.reference import EagerLayer, EagerModel
+from exporter.parity.report import Divergence, StageResult
+from exporter.parity.track import EagerStep, SlicedModel, StageTrack
+from exporter.parity.weight_values import RecipeValues, WeightPrecisions
+from targets.base import RowReader
+
+
+@dataclass(frozen=True)
+class StageResults:
+    """What the graphs showed, in the order of the stages that were run."""
+
+    stages: tuple[StageResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(stage.passed for stage in self.stages)
+
+    @property
+    def first_divergence(self) -> Divergence | None:
+        """Of the earliest stage that has one; a stage that failed without a layer to blame is named alone."""
+        for stage in self.stages:
+            if stage.divergence:
+                return stage.divergence
+            if not stage.passed:
+                return _without_layer(stage)
+        return None
+
+
+def verify_stages(
+    checkpoint: Checkpoint,
+    traced: SlicedModel,
+    fused: CanonicalModel,
+    quantized: CanonicalModel,
+    rows: RowReader,
+    recipe: Recipe,
+    inputs: ParityInputs,
+    progress: Progress,
+) -> StageResults:
+    """Hold the graphs of every stage to the eager model.
+
+    `rows` reads weights at their precision, as the build does; `quantized` is the canonical model after the recipe
+    (left out as a stage of its own where the recipe changes no weight). A stage that diverges, and those after it,
+    stop there; the earlier ones go on, so that the first faulty stage is named.
+    """
+    precisions = WeightPrecisions.from_model(quantized)
+    reference = EagerModel(checkpoint, chunk=inputs.plan.chunk)
+    tracks = [
+        StageTrack(stage, model, SliceRunner(checkpoint.config, rows), reference, FP32, inputs, lossless=True)
+        for stage, model in (("trace", traced), ("fuse", fused))
+    ]
+    if not precisions.lossless:
+        rounded = EagerModel(checkpoint, RecipeValues(rows, precisions), chunk=inputs.plan.chunk)
+        runner = SliceRunner(checkpoint.config, rows)
+        limits = eager_limits(recipe)
+        tracks.append(StageTrack("quantize", quantized, runner, rounded, limits, inputs, lossless=False))
+    _StageRun(reference, tracks, inputs, progress).run()
+    return StageResults(tuple(track.result() for track in tracks if track.started))
+
+
+class _StageRun:
+    """The walk of the eager model and all tracks through embedding, layers and head."""
+
+    def __init__(
+        self, reference: EagerModel, tracks: Sequence[StageTrack], inputs: ParityInputs, progress: Progress
+    ) -> None:
+        self.reference, self.tracks, self.inputs, self.progress = reference, tracks, inputs, progress
+
+    def run(self) -> None:
+        layers = self.reference.config.num_layers
+        hidden = self.reference.embed(self.inputs.rows)
+        for track in self.tracks:
+            track.embed(hidden)
+            if not track.going:
+                break
+        for index in range(layers):
+            if not self._going():
+                return
+            self.progress.advance(index / (layers + 1), f"layer {index} of {layers}")
+            hidden = self._layer(index, hidden)
+        self.progress.advance(layers / (layers + 1), "head")
+        for track in self._going():
+            track.finish(self.reference, hidden)
+
+    def _going(self) -> list[StageTrack]:
+        """The stages before the first that diverged."""
+        stopped = next((i for i, track in enumerate(self.tracks) if not track.going), len(self.tracks))
+        return list(self.tracks[:stopped])
+
+    def _layer(self, index: int, hidden: list[np.ndarray]) -> list[np.ndarray]:
+        layer = self.reference.layer(index)
+        step = EagerStep(index, layer, hidden, [layer.run(row) for row in hidden])
+        for track in self._going():
+            if track.expected is self.reference:
+                self._advance(track, step, layer)
+        # The reference's weights are dropped before the recipe's are read.
+        after = [out.hidden for out in step.after]
+        del layer
+        step = replace(step, layer=None)
+        for track in self._going():
+            if track.expected is not self.reference:
+                self._advance(track, step, track.expected.layer(index))
+        return after
+
+    def _advance(self, track: StageTrack, step: EagerStep, local: EagerLayer) -> None:
+        try:
+            track.advance(step, local)
+        except SliceFailed as error:
+            track.fail(step.index, str(error))
+        if track.divergence is not None:
+            track.divergence = self._localise(track, track.divergence, step, local)
+
+    def _localise(self, track: StageTrack, found: Divergence, step: EagerStep, local: EagerLayer) -> Divergence:
+        piece = track.model.layers[step.index]
+        layer = _layer_of(track, piece, local)
+        if layer is None:
+            return found
+        position = self.tracks.index(track)
+        before = None
+        if position:
+            previous = self.tracks[position - 1]
+            # The stage before, with this stage's weights: what is left to differ is the graph.
+            before = previous.runner.layer(previous.model.layers[step.index], local.tensors)
+        length = len(step.before[0])
+        start = length - self.inputs.tail
+        past = (step.after[0].keys[:, :start], step.after[0].values[:, :start])
+        evidence = Evidence(step.before[1], self.inputs.ragged_prompts[0], step.before[0], past)
+        return localise(found, Suspect(piece, layer, before, local), evidence)
+
+
+def _layer_of(track: StageTrack, piece: Slice, local: EagerLayer) -> GraphLayer | None:
+    try:
+        return track.runner.layer(piece, local.tensors)
+    except SliceFailed:
+        return None
+
+
+def _without_layer(stage: StageResult) -> Divergence:
+    errors = [check.value for check in stage.checks if not check.passed and check.value is not None]
+    return Divergence(stage.stage, None, None, errors[0] if errors else np.inf, "model")
