@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from exporter.core.errors import InputError, UnsupportedError
 from exporter.core.strict_json import parse_json, shorten
+
+if TYPE_CHECKING:
+    # Not at run time: the command line reads this module before it knows whether any numbers are wanted.
+    import numpy as np
 
 MAX_CONFIG_BYTES = 4 << 20
 # Far beyond any Llama; larger values mean a damaged or hostile file.
@@ -38,32 +40,11 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
 
-    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """float32 [head_dim / 2], rounded step by step as transformers' `ROPE_INIT_FUNCTIONS` do in torch.
+    def inverse_frequencies(self, head_dim: int) -> "np.ndarray":
+        """float32 [head_dim / 2], as transformers' `ROPE_INIT_FUNCTIONS` computes them."""
+        from exporter.core.rope import inverse_frequencies
 
-        An ulp matters: at position 100,000 it turns a head's first pairs by 0.01 radian.
-        """
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        # In float64: torch's float32 power is nearly correctly rounded, numpy's is not.
-        powers = np.float64(np.float32(self.theta)) ** exponents.astype(np.float64)
-        plain = np.float32(1) / powers.astype(np.float32)
-        if self.type == "default":
-            return plain
-        return plain / np.float32(self.factor) if self.type == "linear" else self._llama3(plain)
-
-    def _llama3(self, plain: np.ndarray) -> np.ndarray:
-        """Low frequencies divided by `factor`, high ones kept, those between blended.
-
-        A number divided by a tensor is, in torch, the tensor's reciprocal times the number.
-        """
-        length, factor = self.original_max_position_embeddings, np.float32(self.factor)
-        low, width = np.float32(self.low_freq_factor), np.float32(self.high_freq_factor - self.low_freq_factor)
-        wavelength = np.float32(1) / plain * np.float32(2 * math.pi)
-        smooth = (np.float32(1) / wavelength * np.float32(length) - low) / width
-        blended = (np.float32(1) - smooth) * plain / factor + smooth * plain
-        is_low = wavelength > np.float32(length / self.low_freq_factor)
-        is_high = wavelength < np.float32(length / self.high_freq_factor)
-        return np.where(is_low, plain / factor, np.where(is_high, plain, blended)).astype(np.float32)
+        return inverse_frequencies(self, head_dim)
 
 
 @dataclass(frozen=True)
