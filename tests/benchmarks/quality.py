@@ -1,0 +1,141 @@
+"""Quality of int4 engines against the eager model: ours, and onnxruntime-genai's own int4 of the same checkpoint.
+
+    python -m tests.benchmarks.quality examples/stdlib-llama --work DIR [--window 512] [--windows 16]
+                                       [--recipe int4-rtn]
+
+The text is CHECKPOINT/heldout.txt, cut into windows of equal length; every engine sees the same tokens.
+Ours runs through its own runner, token by token; genai's model.onnx through plain ONNX Runtime, a window
+at once (its generator only shows the last position's logits).
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.benchmarks.commands import build_genai, build_ours, built, directory_bytes
+from tests.benchmarks.report import show
+
+Scorer = Callable[[np.ndarray], np.ndarray]
+"""ids int64 [S] -> logits float32 [S, V]."""
+
+
+def windows(checkpoint: Path, length: int, count: int) -> list[np.ndarray]:
+    """`count` windows of the held-out text, spread evenly over it; each starts with the BOS token, if there is one."""
+    from tokenizers import Tokenizer
+
+    from exporter.core.config import ModelConfig
+
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    text = (checkpoint / "heldout.txt").read_text(encoding="utf-8")
+    ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+    bos = ModelConfig.from_directory(checkpoint).bos_token_id
+    head = np.array([] if bos is None else [bos], np.int64)
+    starts = np.linspace(0, len(ids) - length, count).astype(int)
+    return [np.concatenate([head, ids[start : start + length - len(head)]]) for start in starts]
+
+
+def eager(checkpoint: Path) -> Scorer:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+
+    def score(ids: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            logits: np.ndarray = model(torch.from_numpy(ids)[None]).logits[0].numpy()
+        return logits
+
+    return score
+
+
+def our_engine(path: Path) -> Scorer:
+    from exporter.runtime.engine import load
+
+    engine = load(path).__enter__()
+
+    def score(ids: np.ndarray) -> np.ndarray:
+        engine.runner.reset()
+        logits = [engine.runner.prefill(ids[None, :1], np.array([1])).copy()]
+        active = np.array([True])
+        logits += [engine.runner.decode(ids[i : i + 1], active).copy() for i in range(1, len(ids))]
+        return np.concatenate(logits)
+
+    return score
+
+
+def genai_model(path: Path) -> Scorer:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
+    inputs = {value.name: value for value in session.get_inputs()}
+
+    def score(ids: np.ndarray) -> np.ndarray:
+        feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
+        if "position_ids" in inputs:
+            feeds["position_ids"] = np.arange(len(ids), dtype=np.int64)[None]
+        for name, value in inputs.items():
+            if name.startswith("past_key_values"):
+                feeds[name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        logits: np.ndarray = session.run(["logits"], feeds)[0][0]
+        assert len(logits) == len(ids), "this model shows only its last position"
+        return logits.astype(np.float32)
+
+    return score
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def compare(reference: Scorer, engine: Scorer, rows: list[np.ndarray]) -> dict[str, float]:
+    """Means over all predicted positions: KL(reference || engine), perplexities, agreement of the best token."""
+    divergence, likelihood, reference_likelihood, agree = (
+        np.concatenate(part) for part in zip(*_positions(reference, engine, rows), strict=True)
+    )
+    perplexity, reference_perplexity = np.exp(-likelihood.mean()), np.exp(-reference_likelihood.mean())
+    return {
+        "mean KL": float(divergence.mean()),
+        "max KL": float(divergence.max()),
+        "perplexity": float(perplexity),
+        "eager perplexity": float(reference_perplexity),
+        "ratio": float(perplexity / reference_perplexity),
+        "top-1 agreement": float(agree.mean()),
+    }
+
+
+def _positions(reference: Scorer, engine: Scorer, rows: list[np.ndarray]) -> Iterator[tuple[np.ndarray, ...]]:
+    for ids in rows:
+        expected, found = log_softmax(reference(ids)[:-1]), log_softmax(engine(ids)[:-1])
+        assert np.isfinite(found).all()
+        at = np.arange(len(ids) - 1), ids[1:]
+        divergence = (np.exp(expected) * (expected - found)).sum(axis=-1)
+        yield divergence, found[at], expected[at], expected.argmax(-1) == found.argmax(-1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--recipe", default="int4-rtn")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    outs = arguments.work / f"enginesmith-{arguments.recipe}", arguments.work / "genai-int4"
+    built(build_ours(arguments.checkpoint, outs[0], recipe=arguments.recipe), outs[0])
+    built(build_genai(arguments.checkpoint, outs[1]), outs[1])
+    rows = windows(arguments.checkpoint, arguments.window, arguments.windows)
+    reference = eager(arguments.checkpoint)
+    engines = {"enginesmith": our_engine(outs[0]), "onnxruntime-genai": genai_model(outs[1])}
+    table: list[dict[str, Any]] = []
+    for (name, engine), out in zip(engines.items(), outs, strict=True):
+        table.append({"engine": name, **compare(reference, engine, rows), "MB": directory_bytes(out) / 1e6})
+    show(f"Quality, {arguments.recipe}: {sum(len(ids) - 1 for ids in rows)} positions of held-out text", table)
+
+
+if __name__ == "__main__":
+    main()
