@@ -2,9 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # Default attribute values that one exporter writes and another leaves out.
 DEFAULTS = {
@@ -15,15 +18,16 @@ DEFAULTS = {
 }
 
 
-def difference(first: ir.Model, second: ir.Model) -> str | None:
-    """What distinguishes two graphs, or None: interface (names, types, shapes), operators, attributes, wiring, constants.
+def difference(first: "ir.Model", second: "ir.Model") -> str | None:
+    """What distinguishes two graphs, or None: interface, operators, attributes, wiring, constants.
+
 
     Walks both graphs from their outputs side by side, so the answer names the first place where they part.
     """
     return next(_differences(first.graph, second.graph), None)
 
 
-def _differences(first: ir.Graph, second: ir.Graph) -> Iterator[str]:
+def _differences(first: "ir.Graph", second: "ir.Graph") -> Iterator[str]:
     for kind in ("inputs", "outputs"):
         mine, theirs = ([_signature(v) for v in getattr(g, kind)] for g in (first, second))
         if mine != theirs:
@@ -37,11 +41,11 @@ def _differences(first: ir.Graph, second: ir.Graph) -> Iterator[str]:
         yield f"operators differ: {dict(counts[0] - counts[1])} only here, {dict(counts[1] - counts[0])} only there"
 
 
-def _signature(value: ir.Value) -> tuple[str | None, str, str]:
+def _signature(value: "ir.Value") -> tuple[str | None, str, str]:
     return value.name, str(value.dtype), str(value.shape)
 
 
-def _walk(first: ir.Graph, second: ir.Graph) -> Iterator[str]:
+def _walk(first: "ir.Graph", second: "ir.Graph") -> Iterator[str]:
     """Pair values from the outputs backwards; a value paired twice must have the same partner."""
     partner: dict[ir.Value, ir.Value] = dict(zip(first.inputs, second.inputs, strict=True))
     stack: list[tuple[ir.Value | None, ir.Value | None]] = list(zip(first.outputs, second.outputs, strict=True))
@@ -51,6 +55,11 @@ def _walk(first: ir.Graph, second: ir.Graph) -> Iterator[str]:
             if mine is not theirs:
                 yield f"an optional input is present in one only: {mine} and {theirs}"
             continue
+        if _is_constant(mine) or _is_constant(theirs):
+            # By content: whether two nodes share a constant or have one each is of no consequence.
+            if not _same_constant(mine, theirs):
+                yield f"constants {mine.name!r} and {theirs.name!r} differ"
+            continue
         if mine in partner:
             if partner[mine] is not theirs:
                 yield f"wiring differs at {mine.name!r} and {theirs.name!r}"
@@ -58,8 +67,7 @@ def _walk(first: ir.Graph, second: ir.Graph) -> Iterator[str]:
         partner[mine] = theirs
         producers = mine.producer(), theirs.producer()
         if producers[0] is None or producers[1] is None:
-            if producers != (None, None) or not _same_constant(mine, theirs):
-                yield f"{mine.name!r} and {theirs.name!r} have different sources or constants"
+            yield f"{mine.name!r} and {theirs.name!r} have different sources"
             continue
         if reason := _node_difference(producers[0], producers[1], mine, theirs):
             yield reason
@@ -67,7 +75,7 @@ def _walk(first: ir.Graph, second: ir.Graph) -> Iterator[str]:
         stack.extend(zip(producers[0].inputs, producers[1].inputs, strict=True))
 
 
-def _node_difference(mine: ir.Node, theirs: ir.Node, out: ir.Value, other: ir.Value) -> str | None:
+def _node_difference(mine: "ir.Node", theirs: "ir.Node", out: "ir.Value", other: "ir.Value") -> str | None:
     here = f"at {out.name!r} and {other.name!r}"
     if (mine.domain, mine.op_type) != (theirs.domain, theirs.op_type):
         return f"{mine.op_type} against {theirs.op_type} {here}"
@@ -78,12 +86,12 @@ def _node_difference(mine: ir.Node, theirs: ir.Node, out: ir.Value, other: ir.Va
     return None
 
 
-def _attributes(node: ir.Node) -> dict[str, object]:
+def _attributes(node: "ir.Node") -> dict[str, object]:
     """Attribute values, floats rounded to the float32 that ONNX stores, defaults left out."""
     values: dict[str, object] = {}
     for name, attribute in node.attributes.items():
         value = attribute.value
-        if isinstance(value, ir.TensorProtocol):
+        if hasattr(value, "tobytes"):
             value = (value.dtype.name, tuple(value.shape), value.tobytes())
         elif isinstance(value, float):
             value = float(np.float32(value))
@@ -94,7 +102,11 @@ def _attributes(node: ir.Node) -> dict[str, object]:
     return values
 
 
-def _same_constant(mine: ir.Value, theirs: ir.Value) -> bool:
+def _is_constant(value: "ir.Value") -> bool:
+    return value.producer() is None and value.const_value is not None
+
+
+def _same_constant(mine: "ir.Value", theirs: "ir.Value") -> bool:
     a, b = mine.const_value, theirs.const_value
     if a is None or b is None:
         return False

@@ -7,8 +7,37 @@ from exporter.core.errors import UnsupportedError
 # Operators whose versions up to opset 24 only admit more types, or add attributes that default to the old meaning
 # (ONNX Changelog.md; held against the installed schemas by tests/trace/test_opset.py).
 UNCHANGED_SINCE_18 = frozenset(
-    "Add Cast Concat Constant ConstantOfShape Cos Div Equal Expand Gather Identity MatMul Mul Neg Pow Reciprocal "
-    "ReduceMean Reshape Shape Sigmoid Sin Slice Softmax Sqrt Squeeze Sub Transpose Unsqueeze Where".split()
+    [
+        "Add",
+        "Cast",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Cos",
+        "Div",
+        "Equal",
+        "Expand",
+        "Gather",
+        "Identity",
+        "MatMul",
+        "Mul",
+        "Neg",
+        "Pow",
+        "Reciprocal",
+        "ReduceMean",
+        "Reshape",
+        "Shape",
+        "Sigmoid",
+        "Sin",
+        "Slice",
+        "Softmax",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    ]
 )
 OLDEST = 18
 

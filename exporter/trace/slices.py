@@ -1,8 +1,5 @@
 """The raw slices of a traced Llama: cutting the whole graph at its layer boundaries, stamping equal layers."""
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
@@ -11,30 +8,13 @@ from exporter.core.canonical import OPSET, CheckpointWeight, Slice, Weight
 from exporter.core.config import ModelConfig
 from exporter.core.errors import UnsupportedError
 from exporter.core.isomorphism import difference
+from exporter.core.traced import TracedModel
 from exporter.trace.extract import MODULE_PREFIX, Cut, extract
 from exporter.trace.opset import convert_opset
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 RAW_LAYER_INPUTS = ("hidden", "position_ids", "attention_mask", "past_key", "past_value")
 RAW_LAYER_OUTPUTS = ("hidden_out", "present_key", "present_value")
-
-
-@dataclass
-class TracedModel:
-    """The raw slices, before fusing, in the order the data takes. Weights are inputs, as in the canonical model.
-
-    embedding: input_ids [B, S] -> hidden [B, S, H]; layer: hidden, position_ids [B, S], attention_mask
-    [B, 1, S, T] (additive, causal, T = P + S), past_key, past_value [B, Hkv, P, D] -> hidden_out, present_key,
-    present_value [B, Hkv, T, D]; head: hidden -> logits [B, S, V].
-    """
-
-    embedding: Slice
-    layers: list[Slice]
-    head: Slice
-
-    @property
-    def slices(self) -> list[Slice]:
-        return [self.embedding, *self.layers, self.head]
 
 
 def cut(whole: ir.Model, config: ModelConfig, layers: int, frequencies: np.ndarray) -> TracedModel:

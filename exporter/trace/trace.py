@@ -2,9 +2,10 @@
 
 from exporter.core.config import ModelConfig
 from exporter.core.errors import InputError
+from exporter.core.traced import TracedModel
 from exporter.trace import torch_export, torchscript
 from exporter.trace.model import inverse_frequencies, llama_config
-from exporter.trace.slices import TracedModel, cut, stamp
+from exporter.trace.slices import cut, stamp
 
 TRACERS = {"torch-export": torch_export.export_whole, "torchscript": torchscript.export_whole}
 STAMPED_FROM = 2
