@@ -1,0 +1,146 @@
+"""Speed and memory of an engine: the `bench` object of the contract. docs/runtime.md tells how each is measured."""
+
+import resource
+import sys
+import time
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from calibration.coverage import coverage
+from exporter.artifact.manifest import Manifest
+from exporter.core.errors import InputError
+from exporter.runtime.engine import Engine, load
+from exporter.runtime.memory_bandwidth import measure_bandwidth
+
+REPETITIONS = 3
+SEED = 0
+EMBEDDING = "model.embed_tokens.weight"
+KV_CACHE_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
+
+
+def bench(
+    engine_path: str | PathLike[str],
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    batch: int = 1,
+    context: int = 0,
+    threads: int = 0,
+) -> dict[str, Any]:
+    """Measure an engine; each speed is the median of several repetitions over all rows of the batch.
+
+    Decoding follows a prefix of `context` tokens (0: the prompt). Run it in a fresh process:
+    `peak_rss_bytes` is that of the process from loading on. Raises what `load` raises, and InputError
+    when the tokens do not fit the engine's limit.
+    """
+    reset_peak()
+    start = time.perf_counter()
+    with load(engine_path, threads=threads, batch=batch) as engine:
+        load_seconds = time.perf_counter() - start
+        _check_lengths(engine.manifest, prompt_tokens, new_tokens, context)
+        prompt = _tokens(engine.manifest, batch, prompt_tokens)
+        prefill = _time_prefill(engine, prompt)
+        prefix = _tokens(engine.manifest, batch, context) if context else prompt
+        decode = _time_decode(engine, prefix, new_tokens)
+        peak = peak_rss_bytes()
+        manifest, threads = engine.manifest, engine.threads
+    bandwidth = measure_bandwidth(threads)
+    steps_per_second = 1 / decode
+    positions = prefix.shape[1] + new_tokens / 2
+    return {
+        "prefill_tokens_per_s": batch * prompt_tokens / prefill,
+        "decode_tokens_per_s": batch * steps_per_second,
+        "load_seconds": load_seconds,
+        "weights_bytes": manifest.weights_bytes,
+        "peak_rss_bytes": peak,
+        "threads": threads,
+        "memory_bandwidth_bytes_per_s": bandwidth,
+        "decode_bandwidth_fraction": steps_per_second * bytes_per_step(manifest, batch, positions) / bandwidth,
+        "batch": batch,
+        "context": context,
+    }
+
+
+def bytes_per_step(manifest: Manifest, batch: int, positions: float) -> float:
+    """Bytes that one decoding step must read: every weight but the embedding, of which it needs one row, and
+    the cached keys and values of `positions` positions in each row."""
+    config = manifest.source.config
+    matrices = coverage(config, manifest.recipe).tensors
+    bits = sum(tensor.stored_bits(scale_bits=32) for tensor in matrices if tensor.name != EMBEDDING)
+    vectors = sum(shape[0] for shape in config.tensor_shapes.values() if len(shape) == 1)
+    per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    cache = per_position * KV_CACHE_BYTES.get(manifest.recipe.kv_cache, 4) * positions
+    return bits / 8 + 4 * vectors + batch * cache
+
+
+def _check_lengths(manifest: Manifest, prompt_tokens: int, new_tokens: int, context: int) -> None:
+    for name, value, low in (
+        ("prompt_tokens", prompt_tokens, 1),
+        ("new_tokens", new_tokens, 1),
+        ("context", context, 0),
+    ):
+        if value < low:
+            raise InputError(f"usage.{name}", f"{name} is {value}", f"give at least {low}")
+    limit = manifest.limits.max_seq_len
+    needed = max(prompt_tokens, (context or prompt_tokens) + new_tokens)
+    if needed > limit:
+        raise InputError(
+            "run.too_long",
+            f"the measurement needs {needed} positions, the engine holds {limit}",
+            "measure fewer tokens, or build with a larger --max-seq-len",
+        )
+
+
+def _tokens(manifest: Manifest, batch: int, length: int) -> np.ndarray:
+    """Seeded token ids from the whole vocabulary, int64 [B, S]: not one id over and over, which caches would favour."""
+    random = np.random.default_rng([SEED, length])
+    return random.integers(0, manifest.source.config.vocab_size, (batch, length), np.int64)
+
+
+def _time_prefill(engine: Engine, ids: np.ndarray) -> float:
+    """Median seconds of a prefill of ids [B, S], after one to warm up."""
+    lengths = np.full(len(ids), ids.shape[1], np.int64)
+    seconds = []
+    for _ in range(REPETITIONS + 1):
+        engine.runner.reset()
+        start = time.perf_counter()
+        engine.runner.prefill(ids, lengths)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:])
+
+
+def _time_decode(engine: Engine, prefix: np.ndarray, steps: int) -> float:
+    """Median over repetitions of the mean seconds of a greedy decoding step after prefix [B, S]."""
+    batch, length = prefix.shape
+    active = np.ones(batch, bool)
+    engine.runner.reset()
+    first = engine.runner.prefill(prefix, np.full(batch, length, np.int64)).argmax(axis=-1)
+    seconds = []
+    for _ in range(REPETITIONS):
+        tokens = first
+        start = time.perf_counter()
+        for _ in range(steps):
+            tokens = engine.runner.decode(tokens, active).argmax(axis=-1)
+        seconds.append((time.perf_counter() - start) / steps)
+        for row in range(batch):
+            engine.runner.truncate(row, length)
+    return median(seconds)
+
+
+def reset_peak() -> None:
+    """Make the kernel forget this process's peak so far, where it can (proc(5), clear_refs)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process, file pages included."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
