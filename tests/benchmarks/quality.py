@@ -9,6 +9,7 @@ at once (its generator only shows the last position's logits).
 """
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,16 +70,16 @@ def our_engine(path: Path) -> Scorer:
 def genai_model(path: Path) -> Scorer:
     import onnxruntime
 
+    decoder = json.loads((path / "genai_config.json").read_text())["model"]["decoder"]
+    past = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
     session = onnxruntime.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
-    inputs = {value.name: value for value in session.get_inputs()}
+    inputs = [value.name for value in session.get_inputs()]
 
     def score(ids: np.ndarray) -> np.ndarray:
         feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
         if "position_ids" in inputs:
             feeds["position_ids"] = np.arange(len(ids), dtype=np.int64)[None]
-        for name, value in inputs.items():
-            if name.startswith("past_key_values"):
-                feeds[name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        feeds |= {name: past for name in inputs if name.startswith("past_key_values")}
         logits: np.ndarray = session.run(["logits"], feeds)[0][0]
         assert len(logits) == len(ids), "this model shows only its last position"
         return logits.astype(np.float32)
