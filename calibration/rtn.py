@@ -120,7 +120,7 @@ def _search_asymmetric(groups: np.ndarray, work: np.ndarray) -> tuple[np.ndarray
     np.multiply(weights, 1 / _nonzero(best_scale), out=codes)
     _clip_asymmetric(codes, best_zero)
     scale, _ = _fit(weights, np.subtract(codes, best_zero, out=offsets))
-    return codes, _finite(scale, unit, 15), best_zero
+    return codes, _finite(scale, unit, np.maximum(best_zero, 15 - best_zero)), best_zero
 
 
 def _clip_asymmetric(codes: np.ndarray, zero: np.ndarray, top: float = 15) -> None:
@@ -154,7 +154,7 @@ def _plain_asymmetric(groups: np.ndarray, work: np.ndarray, top: float) -> tuple
     np.divide(weights, _nonzero(unit), out=codes)
     np.multiply(codes, np.float32(top / 2), out=codes)
     _clip_asymmetric(codes, zero, top)
-    return codes, _finite(np.float32(2 / top), unit, top), zero
+    return codes, _finite(np.float32(2 / top), unit, np.maximum(zero, top - zero)), zero
 
 
 def _signed_absmax(groups: np.ndarray) -> np.ndarray:
@@ -186,7 +186,7 @@ def _nonzero(divisor: np.ndarray | np.float32) -> np.ndarray:
     return np.where(divisor == 0, np.float32(1), divisor)
 
 
-def _finite(scale: np.ndarray | np.float32, unit: np.ndarray, top: float) -> np.ndarray:
-    """scale * unit, kept so small that no code overflows when dequantized; 1 for a group of zeros."""
-    limit = np.nextafter(np.float32(FLOAT32_MAX / top), np.float32(0))
+def _finite(scale: np.ndarray | np.float32, unit: np.ndarray, top: np.ndarray | float) -> np.ndarray:
+    """scale * unit, kept so small that no code (at most `top` from zero) overflows; 1 for a group of zeros."""
+    limit = np.nextafter(FLOAT32_MAX / np.float32(top), np.float32(0))
     return np.where(unit == 0, np.float32(1), np.clip(scale * unit, -limit, limit))

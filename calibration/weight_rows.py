@@ -66,7 +66,7 @@ class WeightRows:
     def _stored_rows(self, weight: CheckpointWeight, start: int, stop: int) -> np.ndarray:
         """bfloat16 where all sources are (half the memory traffic, and exact), else float32."""
         tensors = self.checkpoint.tensors
-        if any(tensors[name].dtype != BFLOAT16 for name in weight.sources):
+        if start >= stop or any(tensors[name].dtype != BFLOAT16 for name in weight.sources):
             return read_weight_rows(self.checkpoint, weight, start, stop)
         parts, first = [], 0
         for name in weight.sources:

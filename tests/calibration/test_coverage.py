@@ -1,0 +1,85 @@
+"""Coverage from the config alone: sums written out by hand, the gate, and agreement with what is inserted."""
+
+import pytest
+
+from calibration.coverage import coverage, gate
+from calibration.presets import load_recipe
+from exporter.core.config import ModelConfig, parse_config
+from exporter.core.errors import BudgetError
+from tests.support.tiny import BASE
+
+LAYER = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 128  # q, k and v, o, gate and up and down
+TABLE = 320 * 64
+
+
+def config(**changes: object) -> ModelConfig:
+    return parse_config({**BASE, "architectures": ["LlamaForCausalLM"], "model_type": "llama", **changes})
+
+
+def test_every_matrix_is_listed_once() -> None:
+    found = coverage(config(), load_recipe("int4-rtn"))
+    names = [t.name for t in found.tensors]
+    expected = [name for name, shape in config().tensor_shapes.items() if len(shape) == 2]
+    assert sorted(names) == sorted(expected) and len(set(names)) == len(names)
+    assert sum(t.parameters for t in found.tensors) == 2 * LAYER + 2 * TABLE
+    assert found.fraction == 1.0 and all(t.why == "" for t in found.tensors)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "group", "bits"),
+    [("fp32", None, 32.0), ("bf16", None, 16.0), ("int8-weight", 32, 9.0), ("int8-weight", 64, 8.5)],
+)
+def test_bits_per_weight_of_uniform_recipes(recipe: str, group: int | None, bits: float) -> None:
+    for tied in (False, True):
+        found = coverage(config(tie_word_embeddings=tied), load_recipe(recipe, group_size=group))
+        assert found.bits_per_weight == pytest.approx(bits, rel=1e-12)
+
+
+def test_bits_per_weight_counts_scales_and_zero_points() -> None:
+    recipe = load_recipe("int4-rtn-asym", lm_head="int4", embedding="int4/g32/asym")
+    asymmetric, symmetric = 4 + (32 + 4) / 32, 4 + 32 / 32
+    expected = (asymmetric * (2 * LAYER + TABLE) + symmetric * TABLE) / (2 * LAYER + 2 * TABLE)
+    assert coverage(config(), recipe).bits_per_weight == pytest.approx(expected, rel=1e-12)
+    assert coverage(config(), load_recipe("int4-rtn", embedding="int4"), scale_bits=16).bits_per_weight == 4.5
+
+
+def test_a_tied_table_is_stored_once_when_both_uses_agree() -> None:
+    tied = config(tie_word_embeddings=True)
+    shared = coverage(tied, load_recipe("int4-rtn", embedding="int4")).bits_per_weight
+    apart = coverage(tied, load_recipe("int4-rtn", embedding="int8")).bits_per_weight
+    assert shared == pytest.approx(5.0)
+    assert apart == pytest.approx((5 * (2 * LAYER + TABLE) + 9 * TABLE) / (2 * LAYER + TABLE))
+
+
+def test_a_width_that_groups_do_not_divide_stays_fp32_and_lowers_the_fraction() -> None:
+    found = coverage(config(intermediate_size=176), load_recipe("int4-rtn", group_size=64))
+    left = [t for t in found.tensors if not t.covered]
+    assert [t.name for t in left] == [f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)]
+    assert {t.actual.describe() for t in left} == {"fp32"} and {t.why for t in left} == {"K=176 not divisible by 64"}
+    missed = 2 * 64 * 176
+    total = 2 * (LAYER + 3 * 64 * (176 - 128)) + 2 * TABLE
+    assert found.fraction == pytest.approx(1 - missed / total)
+
+
+def test_the_gate_names_every_module_as_a_pattern() -> None:
+    found = coverage(config(intermediate_size=176, num_hidden_layers=12), load_recipe("int4-rtn", group_size=64))
+    with pytest.raises(BudgetError) as caught:
+        gate(found, 1.0)
+    assert caught.value.exit_code == 6 and caught.value.kind == "coverage.missed"
+    assert "model.layers.*.mlp.down_proj (K=176 not divisible by 64), 12 tensors" in caught.value.message
+    assert "--group-size" in caught.value.remedy and "--min-coverage" in caught.value.remedy
+    gate(found, found.fraction)
+    gate(coverage(config(), load_recipe("int4-rtn")))
+
+
+def test_the_gate_lists_different_modules_apart() -> None:
+    with pytest.raises(BudgetError) as caught:
+        gate(coverage(config(hidden_size=72), load_recipe("int4-rtn")))
+    for module in ("model.embed_tokens", "lm_head (", "model.layers.*.self_attn.q_proj", "model.layers.*.mlp.up_proj"):
+        assert module in caught.value.message
+
+
+def test_json_form() -> None:
+    found = coverage(config(), load_recipe("int4-rtn")).to_json()
+    assert found["fraction"] == 1.0 and isinstance(found["tensors"], list)
+    assert found["tensors"][-1] == {"name": "lm_head.weight", "requested": "int4/g32", "actual": "int4/g32", "why": ""}

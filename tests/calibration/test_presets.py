@@ -1,0 +1,131 @@
+"""Recipes by name and from TOML, with the command line's overrides; every refusal with its exit code."""
+
+from pathlib import Path
+
+import pytest
+
+from calibration.presets import PLANNED, PRESETS, load_recipe, parse_precision, preset, read_recipe
+from exporter.core.errors import InputError, UnsupportedError
+from exporter.core.recipe import Precision
+
+INT4, INT8 = Precision("int4", 32), Precision("int8", 32)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_presets_are_those_of_the_contract() -> None:
+    assert list(PRESETS) == ["fp32", "bf16", "fp16", "int8-weight", "int4-rtn", "int4-rtn-asym"]
+    for name, entry in PRESETS.items():
+        assert preset(name) is entry.recipe and entry.recipe.name == name and entry.summary
+    assert preset("fp32").lossless
+    assert preset("int4-rtn").linear == INT4 and preset("int4-rtn").lm_head == INT4
+    assert preset("int8-weight").linear == preset("int8-weight").embedding == INT8
+    assert preset("int4-rtn-asym").linear == Precision("int4", 32, symmetric=False)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_planned_recipes_are_refused_as_not_available_yet(name: str) -> None:
+    with pytest.raises(UnsupportedError, match="not available yet") as caught:
+        load_recipe(name)
+    assert caught.value.exit_code == 3 and "int4-rtn" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["int5", "", "INT4-RTN", "../int4-rtn"])
+def test_unknown_recipes_are_bad_input(name: str) -> None:
+    with pytest.raises(InputError, match="unknown") as caught:
+        load_recipe(name)
+    assert caught.value.exit_code == 2 and all(known in caught.value.remedy for known in PRESETS)
+
+
+def test_group_size_reaches_every_integer_part() -> None:
+    recipe = load_recipe("int4-rtn", group_size=128)
+    assert (recipe.linear.group_size, recipe.lm_head.group_size, recipe.embedding.group_size) == (128, 128, 128)
+    for name, size in (("fp32", 32), ("bf16", 64), ("int4-rtn", 48), ("int4-rtn", 0)):
+        with pytest.raises(InputError, match="group") as caught:
+            load_recipe(name, group_size=size)
+        assert caught.value.kind == "recipe.group_size"
+
+
+def test_head_and_embedding_are_overridden_and_inherit_the_group_size() -> None:
+    recipe = load_recipe("int4-rtn", group_size=64, lm_head="int8", embedding="int4/g16/asym")
+    assert recipe.lm_head == Precision("int8", 64)
+    assert recipe.embedding == Precision("int4", 16, symmetric=False)
+    recipe = load_recipe("fp32", lm_head="int8", embedding="bf16")
+    assert recipe.lm_head == INT8 and recipe.embedding == Precision("bf16") and recipe.linear == Precision()
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [INT4, INT8, Precision("int4", 128, symmetric=False), Precision("bf16"), Precision(), Precision("fp16")],
+)
+def test_precision_reads_what_describe_writes(precision: Precision) -> None:
+    assert parse_precision(precision.describe()) == precision
+
+
+@pytest.mark.parametrize(
+    "text", ["int5", "", "int4/", "int4/32", "int4/g", "int4/g-32", "int4/g33", "int4/g32/g32", "int4/sym", "bf16/g32"]
+)
+def test_bad_precisions(text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe("int4-rtn", lm_head=text)
+    assert caught.value.exit_code == 2 and caught.value.remedy
+
+
+def test_kv_cache() -> None:
+    assert load_recipe("int4-rtn", kv_cache="fp32").kv_cache == "fp32"
+    for kind in ("fp16", "int8", "fp8"):
+        with pytest.raises(UnsupportedError, match="not available yet"):
+            load_recipe("int4-rtn", kv_cache=kind)
+    with pytest.raises(InputError, match="int3"):
+        load_recipe("int4-rtn", kv_cache="int3")
+
+
+def test_a_toml_file_changes_what_it_names(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "mine.toml",
+        'base = "int4-rtn"\n[linear]\ngroup_size = 64\nsymmetric = false\n[lm_head]\nkind = "int8"\n'
+        '[embedding]\nkind = "bf16"\n',
+    )
+    recipe = load_recipe(path)
+    assert recipe.name == "mine"
+    assert recipe.linear == Precision("int4", 64, symmetric=False)
+    assert recipe.lm_head == INT8 and recipe.embedding == Precision("bf16")
+    assert load_recipe(str(path), group_size=128).linear.group_size == 128
+    named = read_recipe(write(tmp_path / "other.toml", 'name = "small"\nbase = "bf16"\n[linear]\nkind = "int8"\n'))
+    assert named.name == "small" and named.linear == INT8 and named.lm_head == Precision("bf16")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("base = ", "not TOML"),
+        ('base = "int9"', "unknown"),
+        ("base = 4", "base is 4"),
+        ("[linears]\n", "linears"),
+        ("linear = 4", "linear is 4"),
+        ("[linear]\nbits = 4", "bits"),
+        ('[linear]\nkind = "int5"', "int5"),
+        ("[linear]\nkind = 4", "kind is 4"),
+        ("[linear]\ngroup_size = true", "group_size is True"),
+        ("[linear]\ngroup_size = 33", "33"),
+        ("[linear]\nsymmetric = 1", "symmetric is 1"),
+        ('[linear]\nkind = "bf16"\ngroup_size = 32', "bf16"),
+        ('[linear]\nkind = "bf16"\nsymmetric = true', "symmetric"),
+        ('kv_cache = "int3"', "int3"),
+    ],
+)
+def test_a_bad_toml_file_is_refused_with_its_entry(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        load_recipe(write(tmp_path / "bad.toml", text))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "folder.toml").mkdir()
+    for name in ("absent.toml", "binary.toml", "folder.toml"):
+        with pytest.raises(InputError) as caught:
+            load_recipe(tmp_path / name)
+        assert caught.value.kind == "recipe.file" and name in caught.value.message
