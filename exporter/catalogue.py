@@ -50,8 +50,8 @@ def list_targets() -> list[dict[str, Any]]:
 def list_recipes() -> list[dict[str, Any]]:
     """Each preset with the precision of its parts."""
     entries = []
-    for name in PRESETS:
-        recipe = preset(name)
+    for name, listed in PRESETS.items():
+        recipe = listed.recipe
         parts = {part: getattr(recipe, part).describe() for part in ("linear", "lm_head", "embedding")}
-        entries.append({"name": name, **parts, "kv_cache": recipe.kv_cache})
+        entries.append({"name": name, "summary": listed.summary, **parts, "kv_cache": recipe.kv_cache})
     return entries

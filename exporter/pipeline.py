@@ -1,23 +1,27 @@
-"""The whole data flow of a build on one screen."""
+"""The whole data flow of a build on one screen; each stage is a function from one value to the next."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from calibration.coverage import Coverage, coverage, gate
-from calibration.presets import load_recipe
-from exporter.artifact.manifest import Manifest, write_manifest
-from exporter.artifact.staging import staged_directory
-from exporter.artifact.tokenizer_files import TokenizerFiles, read_tokenizer
+from calibration.coverage import Coverage, coverage
+from calibration.weight_rows import WeightRows
+from exporter.artifact.host import triple
+from exporter.artifact.manifest import Manifest, PrecisionTable, Source, write_manifest
+from exporter.artifact.staging import check_output, staged_directory
+from exporter.artifact.tokenizer_files import read_tokenizer
 from exporter.core.canonical import CanonicalModel
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
 from exporter.core.errors import UnsupportedError
 from exporter.core.progress import NoProgress, Progress, stage
 from exporter.core.recipe import Recipe
+from exporter.core.traced import TracedModel
 from exporter.memory import check_peak
 from exporter.options import BuildOptions
-from exporter.plan import check_memory_budget
+from exporter.plan import check_memory_budget, first_blocker, requested_recipe
+from exporter.version import VERSION
 from targets.base import BuildResult, BuildSource, Limits, Target
 from targets.registry import get_target
 
@@ -38,6 +42,15 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Graphs:
+    """The model after each stage that works on graphs."""
+
+    traced: TracedModel
+    fused: CanonicalModel
+    quantized: CanonicalModel
+
+
+@dataclass(frozen=True)
 class BuildOutcome:
     """A finished build: where it is, its digest, and what was proven. `report` is None with `--no-parity`."""
 
@@ -47,50 +60,117 @@ class BuildOutcome:
     coverage: Coverage
     report: "VerifyReport | None"
 
+    def to_json(self) -> dict[str, Any]:
+        """What `build --json` prints."""
+        return {
+            "path": str(self.path),
+            "digest": self.digest,
+            "target": self.manifest.target,
+            "recipe": self.manifest.recipe_name,
+            "engine_bytes": self.manifest.total_bytes,
+            "coverage": self.coverage.to_json(),
+            "parity": self.manifest.parity,
+            "proof": self.manifest.proof,
+        }
 
-def prepare(options: BuildOptions) -> Job:
-    """Settle target, recipe, limits and coverage; raises before any weight is read."""
-    target = get_target(options.target)
-    config = ModelConfig.from_directory(options.checkpoint)
-    recipe = load_recipe(
-        options.recipe,
-        group_size=options.group_size,
-        lm_head=options.lm_head,
-        embedding=options.embedding,
-        kv_cache=options.kv_cache,
-    )
-    for support in (target.supports(config, recipe), target.probe()):
-        if not support.usable:
-            raise UnsupportedError(f"target.{target.name}", support.why, support.remedy)
-    covered = coverage(config, recipe)
-    gate(covered, options.min_coverage)
-    job = Job(options, target, config, recipe, Limits(options.max_batch, options.sequence_limit(config)), covered)
-    check_memory_budget(job)
-    return job
+    def describe(self) -> str:
+        """The outcome for people."""
+        size = f"{self.manifest.total_bytes / 1e6:,.1f} MB, {self.coverage.bits_per_weight:.2f} bits per weight"
+        proven = self.report.describe() if self.report else "parity was not checked (--no-parity)"
+        return f"built {self.path}: {self.manifest.recipe_name} for {self.manifest.target}, {size}\n{proven}"
 
 
 def build(options: BuildOptions, progress: Progress | None = None) -> BuildOutcome:
     """Checkpoint in, verified artifact out; nothing appears under `options.out` unless every gate passes."""
     progress = progress or NoProgress()
-    with staged_directory(options.out, options.force, source=options.checkpoint) as staging:
-        with stage(progress, "check"):
-            job = prepare(options)
-            checkpoint = Checkpoint.open(options.checkpoint, job.config)
-            tokenizer = read_tokenizer(options.checkpoint, job.config)
-        with stage(progress, "trace"):
-            traced = _trace(job)
-        with stage(progress, "fuse"):
-            fused = _fuse(traced, job)
-        with stage(progress, "quantize"):
-            quantized = _quantize(fused, job)
+    with stage(progress, "check"):
+        check_output(options.out, options.force, options.checkpoint)
+        job = prepare(options)
+        checkpoint = Checkpoint.open(options.checkpoint, job.config)
+        tokenizer = read_tokenizer(options.checkpoint, job.config)
+    with staged_directory(options.out, options.force, options.checkpoint) as staging, ThreadPoolExecutor(1) as pool:
+        source_digest = pool.submit(lambda: checkpoint.digest)
+        graphs = make_graphs(job, progress)
         with stage(progress, "compile"):
-            source = _build_source(job, checkpoint, quantized)
+            source = build_source(job, checkpoint, graphs.quantized)
             result = job.target.build(source, staging, progress)
             tokenizer.write(staging)
             check_peak(options.max_ram, "compile")
-        with stage(progress, "verify"):
-            report = _verify(job, source, traced, fused, staging, result, progress) if options.parity else None
-            check_peak(options.max_ram, "verify")
+        report = _verify(job, source, graphs, staging, result, progress) if options.parity else None
         with stage(progress, "package"):
-            manifest, digest = _package(job, checkpoint, tokenizer, result, report, staging)
+            manifest = _manifest(job, source_digest.result(), result, report)
+            manifest, digest = write_manifest(staging, manifest)
     return BuildOutcome(options.out, digest, manifest, job.coverage, report)
+
+
+def prepare(options: BuildOptions) -> Job:
+    """Settle target, recipe, limits and coverage; raises before any weight is read."""
+    target = get_target(options.target)
+    config = ModelConfig.from_directory(options.checkpoint)
+    recipe = requested_recipe(options)
+    covered = coverage(config, recipe)
+    limits = Limits(options.max_batch, options.sequence_limit(config))
+    if blocker := first_blocker(options, target, config, recipe, covered):
+        raise blocker
+    if not (probe := target.probe()).usable:
+        raise UnsupportedError(f"target.{target.name}", f"target {target.name}: {probe.why}", probe.remedy)
+    check_memory_budget(options, config, covered, limits)
+    return Job(options, target, config, recipe, limits, covered)
+
+
+def make_graphs(job: Job, progress: Progress) -> Graphs:
+    """Trace, fuse and apply the recipe; the checker runs on the result of both."""
+    from calibration.insert_precision import apply_recipe
+    from exporter.core.checker import check_canonical
+    from exporter.passes.pipeline import fuse
+    from exporter.trace.trace import trace
+
+    with stage(progress, "trace"):
+        traced = trace(job.config, job.options.tracer)
+    with stage(progress, "fuse"):
+        fused = fuse(traced, job.config, job.limits.max_seq_len).model
+    with stage(progress, "quantize"):
+        quantized = apply_recipe(fused, job.recipe, job.config)
+        check_canonical(quantized, job.config)
+    return Graphs(traced, fused, quantized)
+
+
+def build_source(job: Job, checkpoint: Checkpoint, quantized: CanonicalModel) -> BuildSource:
+    """What the target builds from; weights are quantized when the target asks for their rows."""
+    rows = WeightRows(checkpoint, job.options.threads or None)
+    return BuildSource(job.config, job.recipe, quantized, checkpoint, rows, job.limits)
+
+
+def _verify(
+    job: Job, source: BuildSource, graphs: Graphs, engine: Path, result: BuildResult, progress: Progress
+) -> "VerifyReport":
+    from exporter.parity.verify import verify_build
+
+    with stage(progress, "verify"):
+        report = verify_build(job, source, graphs, engine, result, progress)
+        check_peak(job.options.max_ram, "verify")
+    return report
+
+
+def _manifest(job: Job, source_digest: str, result: BuildResult, report: "VerifyReport | None") -> Manifest:
+    unproven = {"graph_parity": None, "built_by": built_by(job.target), "engine_run": None}
+    return Manifest(
+        enginesmith=VERSION,
+        source=Source(source_digest, job.config),
+        recipe=job.recipe,
+        coverage=PrecisionTable.from_json(job.coverage.to_json()),
+        target=job.target.name,
+        triple=triple(),
+        requirements=result.requirements,
+        toolchain=result.toolchain,
+        signature=result.signature,
+        limits=job.limits,
+        weights_bytes=result.weights_bytes,
+        parity=report.to_json() if report else None,
+        proof=report.proof.to_json() if report else unproven,
+    )
+
+
+def built_by(target: Target) -> str:
+    """The toolchain in words, for proofs: `onnxruntime 1.31.1`."""
+    return f"{target.name} {target.versions().get(target.name, '')}".strip()

@@ -16,7 +16,7 @@ from targets.registry import get_target
 TRACE_BYTES = 520e6
 STREAM_BYTES = 260e6
 RUNTIME_BYTES = 120e6
-TOKENIZER_BYTES = 20e6
+GRAPH_AND_TOKENIZER_BYTES = 1e6
 # Parity keeps the residual stream of all rows, and the logits of one block of them, in float32.
 PARITY_TOKENS = 2048
 HEAD_BLOCK = 64 << 20
@@ -86,7 +86,7 @@ def make_plan(options: BuildOptions) -> Plan:
     support = target.supports(config, recipe)
     blocker = first_blocker(options, target, config, recipe, covered)
     notes = [support.why] if support.level != "native" and support.why else []
-    notes += [f"{entry['name']}: {entry['why']}" for entry in covered.to_json()["tensors"] if entry["why"]]
+    notes += [f"{tensor.name}: {tensor.why}" for tensor in covered.tensors if tensor.why]
     engine = engine_bytes(config, covered)
     return Plan(
         target=target.name,
@@ -128,8 +128,10 @@ def first_blocker(
 
 def engine_bytes(config: ModelConfig, covered: Coverage) -> int:
     """Bytes of the artifact: weights at their precision, norms and tables, tokenizer."""
-    vectors = sum(math.prod(shape) for shape in config.tensor_shapes.values() if len(shape) == 1)
-    return int(covered.weight_bytes + 4 * vectors + TOKENIZER_BYTES / 20)
+    shapes = config.tensor_shapes.values()
+    vectors = sum(shape[0] for shape in shapes if len(shape) == 1)
+    matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+    return int(matrices * covered.bits_per_weight / 8 + 4 * vectors + GRAPH_AND_TOKENIZER_BYTES)
 
 
 def plan_stages(config: ModelConfig, engine: int, limits: Limits, parity: bool) -> list[StagePlan]:

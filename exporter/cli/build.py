@@ -1,5 +1,6 @@
 """`enginesmith build` and `enginesmith plan`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,6 +133,9 @@ def plan(
     planned = api.plan_with(options)
     output: Output = context.obj
     output.result(planned.to_json(), planned.describe())
+    if planned.blocker:
+        print(f"error: {planned.blocker.message}\n  what to do: {planned.blocker.remedy}", file=sys.stderr)
+        raise typer.Exit(planned.blocker.exit_code)
 
 
 def _require_generate(task: str) -> None:

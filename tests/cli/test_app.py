@@ -1,0 +1,119 @@
+"""Usage, refusals and lists: everything the command line says without building anything."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exporter.cli import app as app_module
+from tests.cli.command import enginesmith
+
+COMMANDS = ("build", "plan", "verify", "inspect", "run", "bench", "compare", "targets", "recipes", "doctor")
+
+
+def call(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run a command line in this process: exit code, stdout, stderr."""
+    try:
+        code = app_module.run([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_lists_every_command_of_the_contract(capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capfd, "--help")
+    assert code == 0
+    assert [name for name in COMMANDS if f"\n  {name} " not in out] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind"),
+    [
+        (["nonsense"], 2, "usage"),
+        (["build", "x"], 2, "usage"),
+        (["plan", "x", "--target", "onnxruntime", "--recpe", "fp32"], 2, "usage.option"),
+        (["plan", "x", "--target", "onnxruntime", "--tp", "2"], 3, "option.unavailable"),
+        (["plan", "x", "--target", "onnxruntime", "--calibration=f"], 3, "option.unavailable"),
+        (["plan", "x", "--target", "onnxruntime", "--task", "classify"], 3, "option.task"),
+        (["plan", "x", "--target", "onnxruntime"], 2, "checkpoint.missing"),
+        (["plan", "x", "--target", "tvm"], 3, "target.unknown"),
+        (["plan", "x", "--target", "onnxruntime", "--max-batch", "0"], 2, "usage.max_batch"),
+        (["build", "x", "--target", "onnxruntime", "--out", "y", "--tracer", "z"], 2, "usage.tracer"),
+        (["build", "x", "--target", "onnxruntime", "--out", "y", "--max-ram", "much"], 2, "usage.size"),
+        (["build", "x", "--target", "onnxruntime", "--out", "y", "--progress", "loud"], 2, "usage.progress"),
+        (["calibrate", "x"], 3, "command.unavailable"),
+        (["inspect", "no-such-engine"], 2, "artifact.not_found"),
+        (["run", "no-such-engine"], 2, "usage.prompt"),
+        (["run", "no-such-engine", "--prompt-ids", "1,b"], 2, "usage.prompt_ids"),
+        (["bench", "no-such-engine", "--threads", "-1"], 2, "usage"),
+    ],
+)
+def test_failures_are_one_json_object_and_the_contracts_code(
+    capfd: pytest.CaptureFixture[str], arguments: list[str], code: int, kind: str
+) -> None:
+    found, out, err = call(capfd, *arguments, "--json")
+    error = json.loads(out)["error"]
+    assert (found, error["exit_code"], error["kind"]) == (code, code, kind)
+    assert error["message"] in err
+    assert "Traceback" not in err
+
+
+def test_a_misspelt_option_names_the_nearest(capfd: pytest.CaptureFixture[str]) -> None:
+    _, _, err = call(capfd, "plan", "x", "--target", "onnxruntime", "--recpe", "fp32")
+    assert "did you mean --recipe?" in err
+
+
+@pytest.mark.parametrize("command", ["targets", "recipes"])
+def test_lists(capfd: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = call(capfd, command, "--json")
+    entries = json.loads(out)[command]
+    assert code == 0
+    assert {entry["name"] for entry in entries} >= ({"onnxruntime"} if command == "targets" else {"fp32", "int4-rtn"})
+    code, text, _ = call(capfd, command)
+    assert code == 0
+    assert all(entry["name"] in text for entry in entries)
+
+
+def test_doctor_finds_what_is_installed(capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capfd, "doctor", "--json")
+    diagnosis = json.loads(out)
+    assert code == 0 and diagnosis["usable"] is True
+    checks = {check["name"]: check for check in diagnosis["checks"]}
+    assert checks["build: torch"]["detail"].startswith("2.")
+    assert checks["target onnxruntime"]["passed"] is True
+    assert checks["target tvm"]["passed"] is False
+
+
+def test_plan_reads_no_weight(
+    capfd: pytest.CaptureFixture[str], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("gqa")
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    code, out, _ = call(capfd, "plan", tmp_path, "--target", "onnxruntime", "--recipe", "int4-rtn", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["coverage"]["fraction"] == 1.0
+    assert plan["peak_ram_bytes"] == max(stage["peak_ram_bytes"] for stage in plan["stages"])
+    assert 0 < plan["engine_bytes"] <= plan["disk_bytes"]
+
+
+def test_plan_of_an_indivisible_width_names_the_modules(
+    capfd: pytest.CaptureFixture[str], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = json.loads((tiny_checkpoint("gqa") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 136}))
+    code, out, _ = call(capfd, "plan", tmp_path, "--target", "onnxruntime", "--recipe", "int4-rtn", "--json")
+    plan = json.loads(out)
+    assert code == 6 and plan["error"]["kind"] == "coverage.missed"
+    assert "mlp.down_proj" in plan["error"]["message"]
+    assert plan["coverage"]["fraction"] < 1.0
+    assert [note for note in plan["unsupported"] if "layers.1.mlp.down_proj" in note]
+
+
+def test_a_new_process_prints_its_version_and_bad_usage() -> None:
+    assert enginesmith("--version").out.startswith("enginesmith ")
+    wrong = enginesmith("build")
+    assert wrong.code == 2 and wrong.out == ""
+    assert wrong.err.startswith("error: ")
