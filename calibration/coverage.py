@@ -88,7 +88,7 @@ def gate(achieved: Coverage, min_coverage: float = 1.0) -> None:
     widths = {t.shape[1] for t in missed}
     raise BudgetError(
         "coverage.missed",
-        f"the recipe covers {achieved.fraction:.1%} of the weights, {min_coverage:.1%} asked. Left in fp32: {modules}",
+        f"the recipe covers {achieved.fraction:.4%} of the weights, {min_coverage:.4%} asked. Left in fp32: {modules}",
         f"choose a --group-size that divides {' and '.join(map(str, sorted(widths)))}, or lower --min-coverage",
     )
 

@@ -1,5 +1,7 @@
 """Insert a recipe's precisions into the canonical model: DequantizeLinear or Cast between weights and their uses."""
 
+from dataclasses import replace
+
 import onnx_ir as ir
 import onnx_ir.passes
 
@@ -123,4 +125,4 @@ def _convert_structure(structure: ir.Model, precisions: dict[str, Precision]) ->
 def _with_precision(weight: Weight, precision: Precision | None) -> Weight:
     if precision is None or not isinstance(weight, CheckpointWeight):
         return weight
-    return CheckpointWeight(weight.sources, precision)
+    return replace(weight, precision=precision)

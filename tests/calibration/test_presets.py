@@ -1,5 +1,6 @@
 """Recipes by name and from TOML, with the command line's overrides; every refusal with its exit code."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,20 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             load_recipe(tmp_path / name)
         assert caught.value.kind == "recipe.file" and name in caught.value.message
+
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
+
+
+def test_the_document_lists_the_presets_as_they_are() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| (\S+) \| (\S+) \| (\S+) \|", DOCUMENT.read_text(encoding="utf-8"), re.M)
+    recipes = [entry.recipe for entry in PRESETS.values()]
+    assert rows == [(r.name, *(p.describe() for p in (r.linear, r.lm_head, r.embedding))) for r in recipes]
+
+
+def test_the_documents_example_is_a_recipe(tmp_path: Path) -> None:
+    example = re.search(r"```toml\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
+    assert example is not None
+    recipe = load_recipe(write(tmp_path / "example.toml", example[1]))
+    assert recipe.name == "int4-small" and recipe.linear == Precision("int4", 128, symmetric=False)
+    assert recipe.lm_head == Precision("int8", 64) and recipe.embedding == Precision("bf16")
