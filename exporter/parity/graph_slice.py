@@ -57,8 +57,8 @@ def _run(session: SliceSession, feeds: Feeds, fetch: list[str] | None) -> Feeds:
     try:
         return session.run(feeds, fetch)
     except Exception as error:
-        # Its exceptions have no base class of their own, and the runtime is not imported here.
-        if type(error).__module__.startswith("onnxruntime"):
+        # Some of its exceptions have no base class of their own, and the runtime is not imported here.
+        if isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime"):
             raise SliceFailed(str(error)) from error
         raise
 

@@ -69,6 +69,10 @@ class SliceCache(Protocol):
 
     def store(self, outputs: dict[str, np.ndarray], step: Step) -> None: ...
 
+    def held(self, row: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first `length` valid keys and values of a row, [Hkv, length, D]."""
+        ...
+
 
 class GrowingCache:
     """For raw layers: the past grows by the padded width of each step; an additive mask hides what is not to see."""
@@ -104,6 +108,10 @@ class GrowingCache:
         new = np.arange(step.width) < step.lengths[:, None]
         self.valid = np.concatenate([self.valid, new], axis=1)
 
+    def held(self, row: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        valid = self.valid[row]
+        return self.key[row][:, valid][:, :length], self.value[row][:, valid][:, :length]
+
 
 class StaticCache:
     """For canonical layers: a buffer of fixed length; each step is written at the row's own position."""
@@ -132,3 +140,6 @@ class StaticCache:
 
     def store(self, outputs: dict[str, np.ndarray], step: Step) -> None:
         self.key, self.value = outputs["present_key"], outputs["present_value"]
+
+    def held(self, row: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.key[row][:, :length], self.value[row][:, :length]

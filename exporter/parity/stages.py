@@ -32,12 +32,12 @@ class StageResults:
 
     @property
     def first_divergence(self) -> Divergence | None:
-        """Of the earliest stage that has one; a stage that failed without a layer to blame is named alone."""
+        """Of the earliest stage that has one. Where only the sum of errors is too large, the layer that adds most."""
         for stage in self.stages:
             if stage.divergence:
                 return stage.divergence
             if not stage.passed:
-                return _without_layer(stage)
+                return _worst_layer(stage)
         return None
 
 
@@ -149,6 +149,14 @@ def _layer_of(track: StageTrack, piece: Slice, local: EagerLayer) -> GraphLayer 
         return None
 
 
-def _without_layer(stage: StageResult) -> Divergence:
-    errors = [check.value for check in stage.checks if not check.passed and check.value is not None]
-    return Divergence(stage.stage, None, None, errors[0] if errors else np.inf, "model")
+def _worst_layer(stage: StageResult) -> Divergence:
+    """Where no slice is wrong but the whole misses a limit: the layer that adds most to the error.
+
+    For a recipe that loses too much this names where it loses most.
+    """
+    squares = np.square(stage.layer_errors)
+    if len(squares) < 2 or not np.isfinite(squares).all():
+        return Divergence(stage.stage, None, None, np.inf, "model")
+    layer = int(np.argmax(np.diff(squares)))
+    note = "every slice equals its expectation; this layer adds most to the error against eager"
+    return Divergence(stage.stage, layer, None, stage.layer_errors[layer + 1], note=note)
