@@ -126,6 +126,10 @@ class Target(Protocol):
         """native, emulated or refused, before any weight is read."""
         ...
 
+    def capabilities(self) -> dict[str, Support]:
+        """The recipe x target table, whatever the model: each precision (`int4/g32`) and `kv-cache KIND`."""
+        ...
+
     def build(self, source: BuildSource, out_dir: Path, progress: Progress) -> BuildResult:
         """Write the engine's files into `out_dir` (an existing, private directory)."""
         ...

@@ -9,13 +9,14 @@ import numpy as np
 from exporter.core.config import ModelConfig
 from exporter.core.errors import InputError
 from targets.base import Limits, RunOptions
+from targets.onnxruntime.run_checks import check_decode, check_options, check_step
 from targets.onnxruntime.session import open_session
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 # Prompts run in chunks: the scores of GroupQueryAttention take heads * chunk * cache length floats.
-CHUNK = 512
+CHUNK = 256
 Rows = tuple[int, int]  # first and behind last
 
 
@@ -26,7 +27,7 @@ class OnnxRuntimeRunner:
     """
 
     def __init__(self, model: Path, config: ModelConfig, limits: Limits, options: RunOptions) -> None:
-        _check_options(limits, options)
+        check_options(limits, options)
         self._config, self._batch = config, options.batch
         self._limit = options.max_seq_len or limits.max_seq_len
         self._hidden_names = (
@@ -71,11 +72,9 @@ class OnnxRuntimeRunner:
 
     def decode(self, input_ids: np.ndarray, active: np.ndarray) -> np.ndarray:
         """One more token [B] for each row where `active` [B] -> logits [B, V]."""
-        flags = np.asarray(active)
-        if flags.shape != (self._batch,) or flags.dtype != np.bool_:
-            raise _bad_shape("active", flags, f"bool [{self._batch}]")
-        ids = np.where(flags, np.asarray(input_ids), 0)
+        ids, flags = check_decode(input_ids, active, self._batch)
         ids, valid = self._checked(ids.reshape(-1, 1), flags.astype(np.int64), self.lengths)
+        self._begin_hidden(ids)
         return self._decode(ids, valid)
 
     def truncate(self, row: int, length: int) -> None:
@@ -94,8 +93,8 @@ class OnnxRuntimeRunner:
     def _append(self, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Rows of one token take one step together, a fresh short batch too; the rest goes row by row in chunks,
         for GroupQueryAttention continues several tokens only in batches of one."""
-        width = int(valid.max(initial=0))
         self._begin_hidden(ids)
+        width = int(valid.max(initial=0))
         if width == 1:
             return self._decode(ids[:, :1], valid)
         if self._batch > 1 and not self.lengths.any() and ids[:, :width].size <= CHUNK:
@@ -114,16 +113,17 @@ class OnnxRuntimeRunner:
     def _fresh_batch(self, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Ragged first prompts at once; an empty row computes one position that it does not keep."""
         mask = (np.arange(ids.shape[1]) < np.maximum(valid, 1)[:, None]).astype(np.int64)
-        self._run((0, self._batch), ids * mask, mask, 0)
+        self._run((0, self._batch), ids, mask, 0)
         self.lengths[:] = valid
+        for whole in self.hidden:
+            whole[:, : ids.shape[1]][mask == 0] = 0.0  # what padding computes is not defined
         return self._logits[:, 0].copy()
 
     def _decode(self, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """One token a row; a resting row computes one position behind its own, which it does not keep."""
         totals = self.lengths + 1
         mask = (np.arange(totals.max()) < totals[:, None]).astype(np.int64)
-        self._begin_hidden(ids)
-        self._run((0, self._batch), np.where(valid[:, None] > 0, ids, 0), mask, 0)
+        self._run((0, self._batch), ids, mask, 0)
         self.lengths += valid
         return self._logits[:, 0].copy()
 
@@ -161,44 +161,4 @@ class OnnxRuntimeRunner:
         self.hidden = [np.zeros(shape, np.float32) for _ in self._hidden_names]
 
     def _checked(self, input_ids: np.ndarray, lengths: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """ids int64 [B, S] and valid lengths int64 [B], or an InputError before anything changes."""
-        ids, valid = np.asarray(input_ids), np.asarray(lengths)
-        if ids.ndim != 2 or ids.shape[0] != self._batch or ids.dtype.kind not in "iu":
-            raise _bad_shape("input_ids", ids, f"integers [{self._batch}, S]")
-        if valid.shape != (self._batch,) or valid.dtype.kind not in "iu":
-            raise _bad_shape("lengths", valid, f"integers [{self._batch}]")
-        if (valid < 0).any() or (valid > ids.shape[1]).any():
-            raise InputError("run.lengths", f"lengths {valid.tolist()} of rows {ids.shape[1]} wide", "0 to the width")
-        used = ids[np.arange(ids.shape[1]) < valid[:, None]]
-        if used.size and (used.min() < 0 or used.max() >= self._config.vocab_size):
-            raise InputError(
-                "run.token_id",
-                f"token ids from {used.min()} to {used.max()}, the vocabulary has {self._config.vocab_size}",
-                "use the tokenizer of this model",
-            )
-        if (before + valid > self._limit).any():
-            row = int(np.argmax(before + valid))
-            raise InputError(
-                "run.too_long",
-                f"row {row} would hold {int(before[row] + valid[row])} positions, the engine's limit is {self._limit}",
-                "shorten the prompt or build with a larger --max-seq-len",
-            )
-        inside = np.arange(ids.shape[1]) < valid[:, None]
-        return np.where(inside, ids, 0).astype(np.int64), valid.astype(np.int64)
-
-
-def _check_options(limits: Limits, options: RunOptions) -> None:
-    if not 1 <= options.batch <= limits.max_batch:
-        raise InputError(
-            "run.batch", f"batch {options.batch}, the engine was built for 1 to {limits.max_batch}", "see --max-batch"
-        )
-    if options.max_seq_len is not None and not 1 <= options.max_seq_len <= limits.max_seq_len:
-        raise InputError(
-            "run.max_seq_len",
-            f"{options.max_seq_len} positions asked for, the engine was built for up to {limits.max_seq_len}",
-            "build with a larger --max-seq-len",
-        )
-
-
-def _bad_shape(name: str, array: np.ndarray, expected: str) -> InputError:
-    return InputError("run.shape", f"{name} is {array.dtype} {list(array.shape)}, expected {expected}", "")
+        return check_step(input_ids, lengths, before, self._limit, self._config.vocab_size)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.core.errors import UnsupportedError
+from exporter.core.errors import ArtifactError, UnsupportedError
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -15,7 +15,7 @@ ERRORS_ONLY = 3
 def open_session(path: Path, threads: int, hidden: list[str] | None = None) -> "ort.InferenceSession":
     """An engine, ready to run. `hidden` names values that become outputs as well.
 
-    Raises UnsupportedError when ONNX Runtime is missing.
+    Raises UnsupportedError when ONNX Runtime is missing, ArtifactError when it cannot load the engine.
     """
     try:
         import onnxruntime as ort
@@ -32,7 +32,14 @@ def open_session(path: Path, threads: int, hidden: list[str] | None = None) -> "
     if hidden:
         model = _with_outputs(path, hidden)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exceptions have no common class below Exception
+        raise ArtifactError(
+            "onnxruntime.load",
+            f"ONNX Runtime {ort.__version__} cannot load {path.name}: {str(error).splitlines()[0]}",
+            "build the engine again, or install the ONNX Runtime it was built for (enginesmith inspect shows it)",
+        ) from error
 
 
 def _with_outputs(path: Path, names: list[str]) -> bytes:

@@ -1,11 +1,10 @@
 """What the target can do with a recipe: native, emulated or refused, from the configuration alone."""
 
-from exporter.core.config import ModelConfig
-from exporter.core.recipe import Precision, Recipe
+from exporter.core.recipe import FLOAT_KINDS, GROUP_SIZES, INTEGER_BITS, Precision, Recipe
 from exporter.core.support import Support
 
 MATMUL_GROUP_SIZES = (16, 32, 64, 128, 256)
-HEAD_DIM_MULTIPLE = 2
+KV_CACHES = ("fp32", "fp16", "int8", "fp8")
 
 
 def precision_support(precision: Precision) -> Support:
@@ -17,11 +16,31 @@ def precision_support(precision: Precision) -> Support:
     return Support("native")
 
 
-def recipe_support(config: ModelConfig, recipe: Recipe) -> Support:
-    """A recipe for a model: the weakest of its parts, with every reason."""
-    if recipe.kv_cache != "fp32":
-        return Support("refused", f"the KV cache cannot be {recipe.kv_cache} yet", "use --kv-cache fp32")
-    parts = [precision_support(p) for p in (recipe.linear, recipe.lm_head, recipe.embedding)]
+def kv_cache_support(kind: str) -> Support:
+    """One storage of keys and values."""
+    if kind == "fp32":
+        return Support("native")
+    return Support("refused", f"the KV cache cannot be {kind} yet", "use --kv-cache fp32")
+
+
+def capabilities() -> dict[str, Support]:
+    """Every precision and cache there is, by its name, whatever the model."""
+    floats = [Precision(kind) for kind in FLOAT_KINDS]
+    integers = [
+        Precision(kind, group, symmetric)
+        for kind in INTEGER_BITS
+        for symmetric in (True, False)
+        for group in GROUP_SIZES
+    ]
+    table = {precision.describe(): precision_support(precision) for precision in [*floats, *integers]}
+    return table | {f"kv-cache {kind}": kv_cache_support(kind) for kind in KV_CACHES}
+
+
+def recipe_support(recipe: Recipe) -> Support:
+    """A recipe for a model: the weakest of its parts, with every reason. Every Llama's shape is taken: heads that
+    GroupQueryAttention cannot rotate (head_dim not a multiple of 16) run in standard attention operators."""
+    parts = [precision_support(precision) for precision in (recipe.linear, recipe.lm_head, recipe.embedding)]
+    parts.append(kv_cache_support(recipe.kv_cache))
     for level in ("refused", "emulated"):
         found = list(dict.fromkeys(part for part in parts if part.level == level))
         if found:

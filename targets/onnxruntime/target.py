@@ -9,7 +9,7 @@ from exporter.core.progress import Progress
 from exporter.core.recipe import Recipe
 from exporter.core.support import Support
 from targets.base import BuildResult, BuildSource, Limits, Runner, RunOptions
-from targets.onnxruntime.support import recipe_support
+from targets.onnxruntime.support import capabilities, recipe_support
 
 MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
 PACKAGES = ("onnxruntime", "onnx", "onnx-ir")
@@ -36,7 +36,10 @@ class OnnxRuntimeTarget:
         return {name: _version(name) for name in PACKAGES}
 
     def supports(self, config: ModelConfig, recipe: Recipe) -> Support:
-        return recipe_support(config, recipe)
+        return recipe_support(recipe)
+
+    def capabilities(self) -> dict[str, Support]:
+        return capabilities()
 
     def build(self, source: BuildSource, out_dir: Path, progress: Progress) -> BuildResult:
         from targets.onnxruntime.build import build_engine
