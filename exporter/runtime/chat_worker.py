@@ -50,6 +50,12 @@ def make_environment() -> "ImmutableSandboxedEnvironment":
         def _body(self, caller: Any) -> str:
             return str(caller())
 
+    class StrictSandbox(ImmutableSandboxedEnvironment):
+        """The sandbox, with an error where a template asks for what is forbidden, even if it does not use it."""
+
+        def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+            raise jinja2.exceptions.SecurityError(f"{attribute!r} of a {type(obj).__name__} is out of reach")
+
     class SafeNamespace(jinja2.utils.Namespace):
         """A namespace whose attributes never begin with an underscore."""
 
@@ -79,9 +85,7 @@ def make_environment() -> "ImmutableSandboxedEnvironment":
     def strftime_now(form: str) -> str:
         return datetime.now().strftime(form)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
-    )
+    environment = StrictSandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, namespace=SafeNamespace)
     return environment
@@ -99,12 +103,22 @@ def render(request: dict[str, Any]) -> str:
     return "".join(parts)
 
 
+def warm_up() -> None:
+    """Load what jinja2 and the standard library load late; after the limits no file opens any more."""
+    import pprint  # noqa: F401
+    import textwrap  # noqa: F401
+
+    import jinja2.constants
+    import jinja2.debug  # noqa: F401
+
+    make_environment().from_string("{{ strftime_now('%c') }}").render()
+
+
 def main() -> None:
     """One request, one answer."""
     request = json.load(sys.stdin.buffer)
     sys.path.extend(request["path"])
-    # Before the limits: code and time zone are loaded from files.
-    make_environment().from_string("{{ strftime_now('%c') }}").render()
+    warm_up()
     limit(request["cpu_seconds"], request["memory_bytes"])
     try:
         answer = {"text": render(request)}
