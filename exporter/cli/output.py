@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from exporter.core.errors import EngineSmithError, ParityError
+from exporter.core.errors import BudgetError, EngineSmithError, ParityError
 
 INTERRUPTED = 130
+INTERRUPTION = {"exit_code": INTERRUPTED, "kind": "interrupted", "message": "interrupted", "remedy": ""}
 
 
 class Output:
@@ -85,13 +86,16 @@ def run_guarded(output: Output, work: Callable[[], None]) -> int:
         return output.failure(error)
     except KeyboardInterrupt:
         if output.json:
-            error = {"exit_code": INTERRUPTED, "kind": "interrupted", "message": "interrupted", "remedy": ""}
-            output.result({"error": error}, "")
+            output.result({"error": INTERRUPTION}, "")
         print("interrupted; nothing was left behind", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except MemoryError:
+        return output.failure(
+            BudgetError("memory.exhausted", "out of memory", "see `enginesmith plan` for what is needed")
+        )
     except Exception as error:
         if output.debug:
             traceback.print_exc()

@@ -70,7 +70,7 @@ class Recipe:
     @property
     def parity_class(self) -> str:
         """The row of the parity table this recipe is held to: that of its coarsest precision."""
-        coarsest = min((self.linear, self.lm_head, self.embedding), key=lambda p: (p.bits, p.kind == "bf16"))
+        coarsest = min((self.linear, self.lm_head, self.embedding), key=lambda p: (p.bits, p.kind != "bf16"))
         return coarsest.kind
 
     def with_group_size(self, group_size: int) -> "Recipe":
