@@ -21,7 +21,6 @@ DEFAULTS = {
 def difference(first: "ir.Model", second: "ir.Model") -> str | None:
     """What distinguishes two graphs, or None: interface, operators, attributes, wiring, constants.
 
-
     Walks both graphs from their outputs side by side, so the answer names the first place where they part.
     """
     return next(_differences(first.graph, second.graph), None)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import onnx_ir as ir
-import sympy
+import sympy  # type: ignore[import-untyped]
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from exporter.core.canonical import Slice

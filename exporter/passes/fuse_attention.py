@@ -13,9 +13,9 @@ from exporter.passes.rule import Context, Outcome, apply_rules
 class _Attention(RewriteRuleClassBase):
     """Scaled dot-product attention with an additive mask (Vaswani et al. 2017, eq. 1; ONNX Attention-24).
 
-    Does not fire when the scale is not one constant applied to the scores before the mask, when the softmax is over another axis
-    than keys, when what is added to the scores is not the slice's attention_mask, or when keys and values
-    are not [B, heads, T, D] with heads that divide the query's.
+    Does not fire when the scale is not one constant applied to the scores before the mask, when the softmax is over
+    another axis than keys, when what is added to the scores is not the slice's attention_mask, or when keys and
+    values are not [B, heads, T, D] with heads that divide the query's.
     """
 
     def attend(self, op: Any, q: Any, k: Any, v: Any, scale: Any, mask: Any) -> Any:
@@ -39,7 +39,7 @@ class _Attention(RewriteRuleClassBase):
 
 
 class GroupedAttention(_Attention):
-    """Grouped-query attention: each key and value head serves a group of neighbouring query heads (Ainslie et al. 2023).
+    """Grouped-query attention: a key and value head serves a group of neighbouring query heads (Ainslie et al. 2023).
 
     Does not fire, besides, when heads are repeated in another order than head 0, 0, ..., 1, 1, ...
     """
@@ -52,7 +52,7 @@ class GroupedAttention(_Attention):
         values = op.Reshape(op.Expand(op.Unsqueeze(v, v_axis), v_times), v_heads)
         return self.attend(op, q, keys, values, scale, mask)
 
-    def check(
+    def check(  # type: ignore[override]  # values are bound by name
         self, context: Any, q: ir.Value, k: ir.Value, v: ir.Value, scale: ir.Value, mask: ir.Value, **repeats: ir.Value
     ) -> MatchResult:
         result = self.check_scores(q, scale, mask)
@@ -70,7 +70,7 @@ class PlainAttention(_Attention):
     def pattern(self, op: Any, q: Any, k: Any, v: Any, scale: Any, mask: Any) -> Any:
         return self.attend(op, q, k, v, scale, mask)
 
-    def check(
+    def check(  # type: ignore[override]  # values are bound by name
         self, context: Any, q: ir.Value, k: ir.Value, v: ir.Value, scale: ir.Value, mask: ir.Value, **_: object
     ) -> MatchResult:
         result = self.check_scores(q, scale, mask)

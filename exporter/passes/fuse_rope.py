@@ -39,7 +39,9 @@ class Rope(RewriteRuleClassBase):
         rotated = op.Concat(op.Neg(second), first, axis=-1)
         return op.Add(op.Mul(x, cos), op.Mul(rotated, sin))
 
-    def check(self, context: Any, x: ir.Value, cos: ir.Value, sin: ir.Value, **bounds: Any) -> MatchResult:
+    def check(  # type: ignore[override]  # values are bound by name
+        self, context: Any, x: ir.Value, cos: ir.Value, sin: ir.Value, **bounds: Any
+    ) -> MatchResult:
         result = MatchResult()
         width = x.shape[3] if x.shape is not None and len(x.shape) == 4 else None
         if not isinstance(width, int):
@@ -73,15 +75,9 @@ def _not_half(width: int, low: int, high: int, *bounds: ir.Value) -> str:
 def fuse_rope(piece: Slice, context: Context) -> Outcome:
     """Fuse the rotations of query and key; their tables become weights, computed from the graph's own frequencies."""
     graph = piece.structure.graph
-    width = context.config.head_dim // 2
-    tables = {
-        f: ir.Value(name=name, shape=ir.Shape(["P", width]), type=ir.TensorType(ir.DataType.FLOAT))
-        for f, name in TABLES.items()
-    }
+    tables = {function: _table(name, context.config.head_dim // 2) for function, name in TABLES.items()}
     rule = Rope(tables)
-    rules = [
-        RewriteRule(rule.pattern, rule.rewrite, rule.check, name="fuse_rope"),
-    ]
+    rules = [RewriteRule(rule.pattern, rule.rewrite, rule.check, name="fuse_rope")]
     outcome = apply_rules(piece.structure, rules, 2)
     if outcome.fired:
         for function, value in tables.items():
@@ -93,6 +89,10 @@ def fuse_rope(piece: Slice, context: Context) -> Outcome:
             )
     RemoveUnusedNodesPass()(piece.structure)
     return outcome
+
+
+def _table(name: str, width: int) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(["P", width]), type=ir.TensorType(ir.DataType.FLOAT))
 
 
 def _check_frequencies(rotation: Rotation, config: ModelConfig) -> None:

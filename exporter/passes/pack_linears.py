@@ -69,7 +69,8 @@ def _find(graph: ir.Graph, name: str) -> Linear | str:
         return f"{name} is not one MatMul with a transposed weight"
     if tuple(transpose.attributes["perm"].as_ints()) != (1, 0) or product.inputs[1] is not transpose.outputs[0]:
         return f"{name} multiplies in another order"
-    x, nodes, output = product.inputs[0], (transpose, product), product.outputs[0]
+    x, output = product.inputs[0], product.outputs[0]
+    nodes: tuple[ir.Node, ...] = (transpose, product)
     assert x is not None
     if bias is not None:
         add = _only_user(output, "Add")

@@ -50,7 +50,10 @@ class Firing:
 
 @dataclass(frozen=True)
 class FuseResult:
-    """`fired`: times each fusion fired in every layer (in the head, if it is for the head alone); `report`: every pass in every structure."""
+    """`fired`: times each fusion fired in every layer (in the head, if it is for the head alone).
+
+    `report` counts every pass in every distinct structure.
+    """
 
     model: CanonicalModel
     fired: dict[str, int]

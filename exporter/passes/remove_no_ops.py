@@ -14,8 +14,8 @@ INT64_MAX = np.iinfo(np.int64).max
 def remove_no_ops(piece: Slice, context: Context) -> Outcome:
     """Remove Identity, Cast to the type it already has, Slice of everything, Expand to the same shape.
 
-    Does not fire for a Cast whose input type is unknown, a Slice with a step, a start or an end inside the axis, an Expand that
-    repeats anything, nor where an input of the slice would become its output.
+    Does not fire for a Cast whose input type is unknown, a Slice with a step, a start or an end inside the axis, an
+    Expand that repeats anything, nor where an input of the slice would become its output.
     """
     fired = 0
     for node in tuple(piece.structure.graph):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-import sympy
+import sympy  # type: ignore[import-untyped]
 
 Dims = tuple[sympy.Expr, ...]
 
@@ -61,7 +61,7 @@ def _know_constant(known: Symbolic, value: ir.Value) -> None:
     tensor = value.const_value
     if tensor is None:
         return
-    known.shapes[value] = tuple(sympy.Integer(int(size)) for size in tensor.shape)
+    known.shapes[value] = tuple(sympy.Integer(size) for size in tensor.shape)
     known.dtypes[value] = tensor.dtype
     if tensor.dtype in (ir.DataType.INT64, ir.DataType.BOOL) and tensor.size <= MAX_ELEMENTS:
         known.integers[value] = _symbols(tensor.numpy())
@@ -127,11 +127,11 @@ def _ints(array: np.ndarray) -> list[int]:
     return [int(item) for item in array.reshape(-1)]
 
 
-def _slice_content(
-    node: ir.Node, data: np.ndarray, starts: np.ndarray, ends: np.ndarray, *rest: np.ndarray
-) -> np.ndarray:
-    step = _ints(rest[1])[0] if len(rest) > 1 else 1
-    return data[_ints(starts)[0] : _ints(ends)[0] : step]
+def _slice_content(node: ir.Node, data: np.ndarray, *bounds: np.ndarray) -> np.ndarray:
+    """Bounds are starts, ends, axes and steps of the only axis; the last two may be missing."""
+    start, end = (_ints(bound)[0] for bound in bounds[:2])
+    step = _ints(bounds[3])[0] if len(bounds) > 3 else 1
+    return data[start:end:step]
 
 
 def _unsqueeze(node: ir.Node, data: np.ndarray, axes: np.ndarray) -> np.ndarray:

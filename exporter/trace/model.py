@@ -28,7 +28,7 @@ def llama_config(config: ModelConfig, layers: int) -> LlamaConfig:
 def build_model(llama: LlamaConfig) -> LlamaForCausalLM:
     """An fp32 model in evaluation mode on the meta device: shapes and types, no data."""
     with torch.device("meta"):
-        return LlamaForCausalLM(llama).to(torch.float32).eval()
+        return LlamaForCausalLM._from_config(llama, dtype=torch.float32).eval()
 
 
 def inverse_frequencies(llama: LlamaConfig) -> np.ndarray:
@@ -69,8 +69,9 @@ class LlamaWithBoundaries(torch.nn.Module):
         *past: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         self.model.model.rotary_emb.inv_freq = inv_freq
+        layers = [_PastLayer(*past[i : i + 2]) for i in range(0, len(past), 2)]
         cache = DynamicCache()
-        cache.layers = [_PastLayer(*past[i : i + 2]) for i in range(0, len(past), 2)]
+        cache.layers = [*layers]
         with _outputs_of(self.model.model.embed_tokens, *self.model.model.layers) as boundaries:
             result = self.model(
                 input_ids=input_ids,
@@ -79,7 +80,7 @@ class LlamaWithBoundaries(torch.nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             )
-        present = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+        present = [part for layer in layers for part in (layer.keys, layer.values)]
         return (result.logits, *boundaries, *present)
 
 

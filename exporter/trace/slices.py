@@ -105,7 +105,7 @@ def _describe(piece: Slice, prefix: str, config: ModelConfig) -> None:
 
 
 def _activation_shape(kind: str, name: str, config: ModelConfig) -> list[int | str] | None:
-    cache = ["B", config.num_kv_heads, "T" if name.startswith("present") else "P", config.head_dim]
+    cache: list[int | str] = ["B", config.num_kv_heads, "T" if name.startswith("present") else "P", config.head_dim]
     shapes: dict[str, list[int | str]] = {
         "input_ids": ["B", "S"],
         "position_ids": ["B", "S"],

@@ -29,7 +29,7 @@ def export_whole(config: ModelConfig, layers: int) -> ir.Model:
         torch.onnx.export(
             module,
             example_inputs(config, layers),
-            buffer,
+            buffer,  # type: ignore[arg-type]  # the annotation forgets what the TorchScript exporter accepts
             dynamo=False,
             opset_version=TORCHLIB_OPSET,
             input_names=["input_ids", "position_ids", "mask", "inv_freq", *past],
