@@ -97,7 +97,7 @@ class OnnxRuntimeRunner:
         width = int(valid.max(initial=0))
         if width == 1:
             return self._decode(ids[:, :1], valid)
-        if self._batch > 1 and not self.lengths.any() and ids[:, :width].size <= CHUNK:
+        if width and self._batch > 1 and not self.lengths.any() and ids[:, :width].size <= CHUNK:
             return self._fresh_batch(ids[:, :width], valid)
         for row in range(self._batch):
             self._append_row(row, ids[row : row + 1, : valid[row]])
