@@ -99,7 +99,7 @@ def test_engine_is_built_then_loaded_and_run_without_torch(
     run = (
         "import sys, enginesmith\n"
         f"with enginesmith.load({engine!r}) as engine:\n"
-        "    assert len(engine.generate('def main', max_new_tokens=4).output_ids) == 4\n"
+        "    assert 1 <= len(engine.generate('def main', max_new_tokens=4).output_ids) <= 4\n"
         "loaded = [name for name in ('torch', 'transformers', 'onnx', 'onnx_ir') if name in sys.modules]\n"
         "assert not loaded, loaded\n"
     )

@@ -25,8 +25,8 @@ LIMITS = {
     "max_position_embeddings": 1 << 26,
     "original_max_position_embeddings": 1 << 26,
 }
-# Arithmetic is float32: a value outside it would turn into zero or infinity.
-SMALLEST, LARGEST = 1e-30, 1e30
+# Arithmetic is float32: beyond these, frequencies (1 / theta / factor) would turn into zero or infinity.
+SMALLEST, LARGEST = 1e-12, 1e12
 
 
 @dataclass(frozen=True)

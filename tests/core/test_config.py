@@ -1,14 +1,17 @@
 """config.json: the same model as transformers reads, and a refusal with a name for everything else."""
 
+import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoConfig, LlamaForCausalLM
 
 from exporter.core.config import ModelConfig, parse_config
-from exporter.core.errors import InputError, UnsupportedError
+from exporter.core.errors import EngineSmithError, InputError, UnsupportedError
 from tests.support.tiny import BASE, SHAPES
 
 GOOD: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **BASE}
@@ -109,7 +112,7 @@ def test_missing_or_null_fields(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [0, 0.0, -1e-6, 1e-46, 1e39, 10**400, "1e-6", True, [], float("nan"), float("inf")], ids=str
+    "value", [0, 0.0, -1e-6, 1e-13, 1e13, 10**400, "1e-6", True, [], float("nan"), float("inf")], ids=str
 )
 @pytest.mark.parametrize("name", ["rms_norm_eps", "rope_theta"])
 def test_absurd_numbers(name: str, value: object) -> None:
@@ -213,6 +216,34 @@ def test_directory_missing_a_file_or_without_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(InputError, match=r"config\.json"):
         ModelConfig.from_directory(tmp_path)
+
+
+ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+OTHER = [None, "llama", "default", -1, 1, 2, 64, 0.5, [1], ["LlamaForCausalLM"], {"a": 1}, "\ud800", 10**12, 1e-12]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_fields_are_refused_or_make_a_sound_configuration(seed: int) -> None:
+    """Whatever stands in the fields, the answer is a named error or a configuration that can be computed with."""
+    rng = random.Random(seed)
+    base = {**GOOD, "rope_parameters": ROPE, "quantization_config": None, "hidden_act": "silu", "rms_norm_eps": 1e-6}
+    accepted = 0
+    for _ in range(400):
+        fields = copy.deepcopy(base)
+        for _ in range(rng.randint(1, 3)):
+            holder = fields if rng.random() < 0.7 or not isinstance(fields["rope_parameters"], dict) else None
+            holder = fields["rope_parameters"] if holder is None else holder
+            holder[rng.choice(sorted(holder))] = rng.choice([*ABSURD, *OTHER])
+        try:
+            config = parse_config(fields)
+        except EngineSmithError as error:
+            assert error.kind and error.message and error.remedy
+            continue
+        accepted += 1
+        frequencies = config.rope.inverse_frequencies(config.head_dim)
+        assert np.isfinite(frequencies).all() and (frequencies > 0).all()
+        assert all(size > 0 for shape in config.tensor_shapes.values() for size in shape)
+    assert accepted > 20
 
 
 def assert_refused(fields: dict[str, Any], named: str) -> None:
