@@ -1,0 +1,111 @@
+"""onnxruntime-genai loads our directory as it is, and its greedy ids are ours; in float32 also eager's."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from exporter.core.config import parse_config
+from targets.base import Limits
+from targets.onnxruntime.genai_config import genai_config
+from tests.support.tiny import BASE, SHAPES
+from tests.targets.engines import LIMITS, RECIPES, Engine, eager, random_ids
+
+og = pytest.importorskip("onnxruntime_genai")
+NEW_TOKENS = 24
+
+
+def with_tokenizer(engine: Engine, out: Path) -> Path:
+    """The engine's files beside the tokenizer's, as an artifact has them."""
+    for name in engine.result.files:
+        shutil.copy(engine.path / name, out / name)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(engine.source.checkpoint.path / name, out / name)
+    return out
+
+
+def genai_greedy(directory: Path, prompts: np.ndarray, max_length: int) -> list[list[int]]:
+    """New tokens of each row, step by step, cut behind the first eos."""
+    model = og.Model(str(directory))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(batch_size=len(prompts), max_length=max_length)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(prompts.astype(np.int32))
+    steps = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        steps.append(generator.get_next_tokens().copy())
+    eos = json.loads((directory / "genai_config.json").read_text())["model"]["eos_token_id"]
+    rows = np.stack(steps, axis=1).tolist()
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in eos), len(row))] for row in rows]
+
+
+def our_greedy(engine: Engine, prompt: np.ndarray, new_tokens: int) -> list[int]:
+    output: list[int] = []
+    with engine.runner() as runner:
+        logits = runner.prefill(prompt[None], np.array([len(prompt)]))
+        while True:
+            output.append(int(logits[0].argmax()))
+            if output[-1] in engine.config.eos_token_ids or len(output) == new_tokens:
+                return output
+            logits = runner.decode(np.array(output[-1:]), np.array([True]))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("shape", ["gqa", "tied", "biases", "eos_list"])
+def test_greedy_ids_are_ours(engine, tmp_path, shape, recipe):
+    built = engine(shape, recipe)
+    prompt = random_ids(built.config, 9, seed=4)
+    [theirs] = genai_greedy(with_tokenizer(built, tmp_path), prompt[None], 9 + NEW_TOKENS)
+    assert theirs == our_greedy(built, prompt, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float_ids_are_those_of_eager_generate(engine, tmp_path, shape):
+    built = engine(shape, "fp32")
+    prompt = random_ids(built.config, 7, seed=5)
+    [theirs] = genai_greedy(with_tokenizer(built, tmp_path), prompt[None], 7 + NEW_TOKENS)
+    generated = eager(built.source).generate(
+        torch.from_numpy(prompt[None]), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True
+    )
+    assert theirs == generated[0, 7:].tolist() == our_greedy(built, prompt, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("head_dim", [20, 48])
+def test_other_heads_run_too(engine, tmp_path, head_dim):
+    built = engine("gqa", "fp32", head_dim=head_dim)
+    prompt = random_ids(built.config, 5, seed=6)
+    [theirs] = genai_greedy(with_tokenizer(built, tmp_path), prompt[None], 5 + NEW_TOKENS)
+    assert theirs == our_greedy(built, prompt, NEW_TOKENS)
+
+
+def test_a_ragged_batch_runs(engine, tmp_path):
+    """onnxruntime-genai pads with pad_token_id on the right and masks it."""
+    built = engine("gqa", "int4", pad_token_id=2)
+    prompts = random_ids(built.config, 2, 8, seed=7) % 300 + 10
+    prompts[1, 5:] = 2
+    theirs = genai_greedy(with_tokenizer(built, tmp_path), prompts, 8 + 4)
+    assert theirs[0] == our_greedy(built, prompts[0], 4)
+    assert theirs[1] == our_greedy(built, prompts[1, :5], 4)
+
+
+def test_checkpoints_without_special_tokens_load(engine, tmp_path):
+    built = engine("gqa", "fp32", bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    prompt = random_ids(built.config, 4, seed=8)
+    [theirs] = genai_greedy(with_tokenizer(built, tmp_path), prompt[None], 4 + NEW_TOKENS)
+    assert theirs == our_greedy(built, prompt, NEW_TOKENS)
+
+
+def test_the_configuration_states_the_limits():
+    config = parse_config({**BASE, **SHAPES["eos_list"], "model_type": "llama"})
+    written = json.loads(genai_config(config, Limits(2, 77), "model.onnx"))
+    model = written["model"]
+    assert (model["type"], model["context_length"], model["vocab_size"]) == ("llama", 77, 320)
+    assert (model["eos_token_id"], model["bos_token_id"], model["pad_token_id"]) == ([1, 2, 5], 0, 1)
+    assert model["decoder"]["head_size"] == 16
+    assert written["search"]["max_length"] == 77
+    assert written["search"]["past_present_share_buffer"] is True
+    assert LIMITS.max_seq_len >= 9 + NEW_TOKENS

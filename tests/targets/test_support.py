@@ -1,0 +1,100 @@
+"""docs/targets.md, cell by cell, against what the target answers."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from calibration.presets import PLANNED, PRESETS, preset
+from exporter.core.config import parse_config
+from exporter.core.errors import UnsupportedError
+from exporter.core.recipe import FLOAT_KINDS, GROUP_SIZES, INTEGER_BITS, Precision, Recipe
+from exporter.core.support import Support
+from targets.onnxruntime import target as target_module
+from targets.registry import TARGETS, get_target
+from tests.support.tiny import BASE, SHAPES
+
+PAGE = (Path(__file__).parents[2] / "docs" / "targets.md").read_text(encoding="utf-8")
+FP32 = Precision("fp32")
+
+
+def table(first_column: str) -> dict[str, dict[str, str]]:
+    """Rows of the table that starts with this heading: first cell -> {target: level}."""
+    match = re.search(rf"^\| {first_column} \|(.*)\|\n\|[-|]+\|\n((?:\|.*\|\n)+)", PAGE, re.MULTILINE)
+    assert match is not None
+    targets = [cell.strip() for cell in match[1].split("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[2].splitlines()]
+    return {row[0]: dict(zip(targets, row[1:], strict=True)) for row in rows}
+
+
+def config(shape: str = "gqa", **changes: object):
+    return parse_config({**BASE, **SHAPES[shape], "model_type": "llama", **changes})
+
+
+def test_the_page_has_every_recipe_and_target():
+    assert set(table("recipe")) == set(PRESETS)
+    for row in (*table("recipe").values(), *table("precision or cache").values()):
+        assert set(row) == set(TARGETS)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_recipes_are_as_the_page_says(name, shape):
+    for target, level in table("recipe")[name].items():
+        assert get_target(target).supports(config(shape), preset(name)).level == level
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_planned_recipes_are_refused_by_name(name):
+    assert f"`{name}`" in PAGE
+    with pytest.raises(UnsupportedError, match=name):
+        preset(name)
+
+
+def cells() -> dict[str, list[str]]:
+    """The page's second table, its rows taken apart into the names that `capabilities` uses."""
+    names: dict[str, list[str]] = {kind: [kind] for kind in FLOAT_KINDS}
+    names |= {f"kv-cache {kind}": [f"kv-cache {kind}"] for kind in ("fp32", "fp16", "int8", "fp8")}
+    for kind in INTEGER_BITS:
+        row = f"{kind}, groups of {min(GROUP_SIZES)} to {max(GROUP_SIZES)}, symmetric or not"
+        names[row] = [Precision(kind, group, way).describe() for group in GROUP_SIZES for way in (True, False)]
+    return names
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_capabilities_are_as_the_page_says(name):
+    page = {row: levels[name] for row, levels in table("precision or cache").items()}
+    expected = {cell: page[row] for row, names in cells().items() for cell in names}
+    assert set(page) == set(cells())
+    assert {cell: support.level for cell, support in get_target(name).capabilities().items()} == expected
+
+
+@pytest.mark.parametrize("part", ["linear", "lm_head", "embedding"])
+def test_every_part_counts(part):
+    for precision, level in ((Precision("int4", 64), "native"), (Precision("bf16"), "emulated")):
+        parts = dict.fromkeys(("linear", "lm_head", "embedding"), FP32) | {part: precision}
+        answer = get_target("onnxruntime").supports(config(), Recipe("r", **parts))
+        assert answer.level == level
+        assert (precision.kind in answer.why) == (level == "emulated")
+
+
+def test_a_cache_it_cannot_store_is_refused():
+    answer = get_target("onnxruntime").supports(config(), Recipe("r", FP32, FP32, Precision("bf16"), "int8"))
+    assert answer.level == "refused"
+    assert "int8" in answer.why
+    assert "--kv-cache fp32" in answer.remedy
+
+
+def test_other_targets_are_refused_by_name():
+    for name, word in (("tvm", "planned"), ("nonsense", "unknown")):
+        with pytest.raises(UnsupportedError, match=word):
+            get_target(name)
+
+
+def test_probe_names_what_is_missing(monkeypatch):
+    assert get_target("onnxruntime").probe() == Support("native")
+    monkeypatch.setattr(target_module, "PACKAGES", ("onnxruntime", "no-such-package"))
+    answer = get_target("onnxruntime").probe()
+    assert (answer.level, get_target("onnxruntime").versions()["no-such-package"]) == ("refused", "")
+    assert "no-such-package" in answer.why
+    assert "pip install" in answer.remedy
