@@ -55,7 +55,12 @@ class ChatTemplate:
                 f"{path} has no chat template: its model was not trained for conversations, or it was left out",
                 "use --prompt instead of --chat",
             )
-        return ChatTemplate(file.read_text(encoding="utf-8"), read_special_tokens(path))
+        with file.open("rb") as stream:
+            source = stream.read(4 * MAX_TEMPLATE_CHARS)
+        try:
+            return ChatTemplate(source.decode("utf-8"), read_special_tokens(path))
+        except UnicodeDecodeError as error:
+            raise _refused(f"it is not UTF-8 text ({error})") from error
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt for a conversation, as transformers' `apply_chat_template` writes it without tools.

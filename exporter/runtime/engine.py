@@ -10,7 +10,7 @@ from typing import Any, Self
 from exporter.artifact.host import physical_cores
 from exporter.artifact.load import Artifact, open_artifact
 from exporter.artifact.manifest import Manifest
-from exporter.core.errors import InputError
+from exporter.core.errors import InputError, UnsupportedError
 from exporter.runtime.chat import ChatTemplate
 from exporter.runtime.generate import Generation, generate_batch
 from exporter.runtime.sampling import Sampling
@@ -182,6 +182,18 @@ def load(path: str | PathLike[str], *, threads: int = 0, batch: int = 1, expect_
         )
     tokenizer = Tokenizer.from_directory(artifact.path)
     options = RunOptions(threads=threads or physical_cores(), batch=batch)
-    target = get_target(artifact.manifest.target)
-    runner = target.runner(artifact.path, artifact.manifest.source.config, limits, options)
-    return Engine(artifact, runner.__enter__(), tokenizer, options.threads)
+    return Engine(artifact, _open_runner(artifact, options), tokenizer, options.threads)
+
+
+def _open_runner(artifact: Artifact, options: RunOptions) -> Runner:
+    manifest = artifact.manifest
+    target = get_target(manifest.target)
+    try:
+        return target.runner(artifact.path, manifest.source.config, manifest.limits, options).__enter__()
+    except MemoryError as error:
+        raise UnsupportedError(
+            "run.memory",
+            f"not enough memory for {manifest.weights_bytes} bytes of weights and a cache of {options.batch} rows "
+            f"with {manifest.limits.max_seq_len} positions",
+            "load fewer rows (batch), or build with a smaller --max-seq-len",
+        ) from error

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,45 @@ def test_wrong_file_entries_are_refused(wrong: dict[str, object]) -> None:
 )
 def test_hostile_json_is_refused(data: bytes) -> None:
     assert kind_of(data) == "artifact.manifest"
+
+
+SCALARS = [None, True, 0, -1, 1.5, 1 << 62, "", "x", "../x", [], {}, [[]], {"x": None}, "\u0000", 1e300]
+
+
+def _mutate(value: Any, dice: random.Random) -> Any:
+    """A copy with one random place exchanged, removed, renamed or duplicated."""
+    if isinstance(value, dict) and value and dice.random() < 0.9:
+        name = dice.choice(sorted(value))
+        match dice.randrange(8):
+            case 0:
+                return {key: item for key, item in value.items() if key != name}
+            case 1:
+                return {**value, dice.choice(["x", name + "_"]): value[name]}
+            case _:
+                return {**value, name: _mutate(value[name], dice)}
+    if isinstance(value, list) and value and dice.random() < 0.9:
+        index = dice.randrange(len(value))
+        changed = [_mutate(value[index], dice)] if dice.random() < 0.8 else [value[index]] * 2
+        return [*value[:index], *changed, *value[index + 1 :]]
+    return dice.choice(SCALARS)
+
+
+def test_sealed_mutations_are_read_or_refused_but_never_crash(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    value = write_manifest(tmp_path, manifest())[0].to_json()
+    dice = random.Random(0)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(3000):
+        mutated = _mutate(value, dice)
+        if not isinstance(mutated, dict):
+            continue
+        try:
+            decode_manifest(sealed(mutated))
+            outcomes["read"] += 1
+        except ArtifactError:
+            outcomes["refused"] += 1
+    # Opaque parts (parity, proof, signature, versions) may hold anything; most places may not.
+    assert outcomes["refused"] > outcomes["read"] > 0
 
 
 def test_any_other_spelling_is_noticed() -> None:

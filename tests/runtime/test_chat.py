@@ -124,6 +124,13 @@ def test_a_model_without_template(directory: Path, tmp_path: Path) -> None:
     assert caught.value.kind == "chat.missing"
 
 
+def test_a_template_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError) as caught:
+        ChatTemplate.from_directory(tmp_path)
+    assert caught.value.kind == "chat.template"
+
+
 def refused(source: str, messages: list[Any] = USER, limits: RenderLimits = SHORT) -> str:
     with pytest.raises(InputError) as caught:
         ChatTemplate(source, {}, limits).render(messages)

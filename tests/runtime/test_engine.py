@@ -11,7 +11,7 @@ import pytest
 from exporter.artifact.manifest import Source, write_manifest
 from exporter.artifact.tokenizer_files import read_tokenizer
 from exporter.core.config import ModelConfig
-from exporter.core.errors import ArtifactError, InputError
+from exporter.core.errors import ArtifactError, InputError, UnsupportedError
 from exporter.runtime import engine as engine_module
 from exporter.runtime.engine import Engine, load
 from exporter.runtime.sampling import Sampling
@@ -136,6 +136,16 @@ def test_leaving_the_block_closes_the_runner(directory: Path) -> None:
     with load(directory) as loaded:
         runner = loaded.runner
     assert isinstance(runner, FakeRunner) and runner.closed
+
+
+def test_memory_that_is_not_there(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(FakeTarget, "runner", refuse)
+    with pytest.raises(UnsupportedError) as caught:
+        load(directory)
+    assert caught.value.kind == "run.memory"
 
 
 SCRIPT = """
