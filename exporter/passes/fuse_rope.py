@@ -69,7 +69,7 @@ def _not_half(width: int, low: int, high: int, *bounds: ir.Value) -> str:
     good_end = end is not None and (end == [high] or (high == width and end[0] >= width))
     if start == [low] and good_end and axis in ([3], [-1]) and step == [1]:
         return ""
-    return f"a half is [{start}:{end}:{step}] of axis {axis}, not [{low}:{high}] of the last"
+    return f"a half is {start}:{end}:{step} of axis {axis}, not {low}:{high} of the last"
 
 
 def fuse_rope(piece: Slice, context: Context) -> Outcome:

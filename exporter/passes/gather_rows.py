@@ -17,7 +17,7 @@ def gather_rows(piece: Slice, context: Context) -> Outcome:
     hidden = find_input(graph, "hidden")
     if hidden is None or not hidden.uses():
         return Outcome(0, "the head does not read hidden")
-    if odd := next((node for node in graph if not _keeps_rows(node)), None):
+    if odd := next((node for node in graph if not _keeps_rows(node, hidden)), None):
         return Outcome(0, f"{odd.op_type} {odd.outputs[0].name!r} may mix rows")
     uses = tuple(hidden.uses())
     rows = add_input(graph, "rows", ["R"], INT64)
@@ -29,11 +29,12 @@ def gather_rows(piece: Slice, context: Context) -> Outcome:
     return Outcome(1)
 
 
-def _keeps_rows(node: ir.Node) -> bool:
+def _keeps_rows(node: ir.Node, hidden: ir.Value) -> bool:
     if node.op_type == "RMSNormalization":
         return node.attributes.get_int("axis", -1) == -1
     if node.op_type == "MatMul":
         matrix = node.inputs[1].producer() if node.inputs[1] is not None else None
         return matrix is not None and matrix.op_type == "Transpose"
     source = node.inputs[0] if node.inputs else None
-    return node.op_type == "Transpose" and source is not None and source.is_graph_input()
+    is_weight = source is not None and source.is_graph_input() and source is not hidden
+    return node.op_type == "Transpose" and is_weight
