@@ -80,6 +80,7 @@ def _lower_with_fused_attention(low: SliceLowering, cache: CacheInputs) -> None:
     structure = low.slice.structure.graph
     groups = [match_attention(low, node) for node in structure if node.op_type == "Attention"]
     owner = {node: group for group in groups for node in group.nodes}
+    low.claimed = frozenset(owner)
     for node in structure:
         group = owner.get(node)
         if group is None:

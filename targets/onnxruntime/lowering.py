@@ -15,7 +15,7 @@ class Matrix:
     """A weight that no operator has used yet: where it comes from and whether a Transpose stood behind it.
 
     `part` is set for the codes, scales and zero points of an integer weight until DequantizeLinear joins them;
-    `cast` says that a half-precision weight still awaits its Cast to float.
+    `cast` says that a half-precision weight still awaits its Cast to float; `rows` (first, behind last) chooses some.
     """
 
     name: str
@@ -23,6 +23,7 @@ class Matrix:
     part: str = ""
     cast: bool = False
     transposed: bool = False
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,16 @@ Lowered = ir.Value | Matrix | Sum
 
 @dataclass
 class SliceLowering:
-    """One slice on its way into the engine. `prefix` (`layers.3.`) starts the names of its nodes."""
+    """One slice on its way into the engine. `prefix` (`layers.3.`) starts the names of its nodes; nodes in
+    `claimed` are lowered together, as one group; those in `taken` were lowered with the one before them."""
 
     graph: EngineGraph
     weights: WeightFile
     slice: Slice
     prefix: str
     values: dict[ir.Value, Lowered] = field(default_factory=dict)
+    claimed: frozenset[ir.Node] = frozenset()
+    taken: set[ir.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for value in self.slice.structure.graph.inputs:
@@ -79,7 +83,7 @@ class SliceLowering:
             # One more row than positions: a resting row of a full cache points just behind the last one.
             longer = replace(weight, length=weight.length + 1)
             return self.graph.initializer(self.weights.table(f"rotary.{weight.function}_cache", longer))
-        stored = self.graph.initializer(self.weights.floats(matrix.name, weight))
+        stored = self.graph.initializer(self.weights.floats(matrix.name, weight, matrix.rows))
         if weight.precision.kind == "fp32":
             return stored
         return self.graph.op("Cast", [stored], f"{matrix.name}.cast", attributes={"to": int(ir.DataType.FLOAT)})

@@ -1,5 +1,7 @@
 """Matrix products and embeddings: MatMulNBits, FusedMatMul, GatherBlockQuantized."""
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from exporter.core.canonical import CheckpointWeight
@@ -12,13 +14,13 @@ INT8_ACTIVATIONS = 4
 
 
 def matmul(low: SliceLowering, x: ir.Value, matrix: Matrix, bias: ir.Value | None) -> ir.Value:
-    """x [.., K] times a weight [N, K] transposed, plus bias [N]."""
+    """x [.., K] times a weight [N, K], or some of its rows, transposed, plus bias [N]."""
     if not isinstance(matrix.weight, CheckpointWeight) or matrix.part or not matrix.transposed:
         raise low.refuse(f"MatMul with {matrix.name} that is not a transposed weight matrix")
     name = matrix.name.removesuffix(".weight")
     if matrix.weight.precision.is_integer:
         return _matmul_n_bits(low, x, matrix, name, bias)
-    weight = low.weight_tensor(Matrix(matrix.name, matrix.weight))
+    weight = low.weight_tensor(replace(matrix, transposed=False))
     product = low.graph.op(
         "FusedMatMul", [x, weight], name, domain=MICROSOFT, attributes={"transA": 0, "transB": 1, "alpha": 1.0}
     )
@@ -28,6 +30,8 @@ def matmul(low: SliceLowering, x: ir.Value, matrix: Matrix, bias: ir.Value | Non
 def _matmul_n_bits(low: SliceLowering, x: ir.Value, matrix: Matrix, name: str, bias: ir.Value | None) -> ir.Value:
     assert isinstance(matrix.weight, CheckpointWeight)
     stored = low.weights.quantized(matrix.name, matrix.weight)
+    if matrix.rows is not None:
+        stored = stored.select(matrix.name, matrix.rows)
     rows, width = stored.shape
     inputs: list[ir.Value | None] = [x, *_operands(low, stored, blocked=True)]
     if bias is not None:

@@ -1,18 +1,23 @@
 """How each canonical operator outside the attention group is lowered, one small function each."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
 
 import onnx_ir as ir
 
+from exporter.core.canonical import CheckpointWeight
 from targets.onnxruntime import matmul
 from targets.onnxruntime.engine_graph import MICROSOFT
-from targets.onnxruntime.lowering import Matrix, SliceLowering, Sum
+from targets.onnxruntime.lowering import Matrix, SliceLowering, Sum, constant_integers
 
 FLOAT = int(ir.DataType.FLOAT)
 
 
 def lower_node(low: SliceLowering, node: ir.Node) -> None:
     """Lower one node. Raises UnsupportedError naming an operator that ONNX Runtime's dialect has no place for."""
+    if node in low.taken:
+        return
     handler = HANDLERS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if handler is None:
         raise low.refuse(f"operator {node.domain or 'ai.onnx'}.{node.op_type} is unknown")
@@ -60,17 +65,51 @@ def _transpose(low: SliceLowering, node: ir.Node) -> None:
 
 
 def _matmul(low: SliceLowering, node: ir.Node) -> None:
-    """MatMul with a weight; an Add of a bias that follows is taken in, its value is then the product's too."""
+    """MatMul with a weight. An Add of a bias that follows is taken in, its value is then the product's too; a Split
+    that follows becomes products with parts of the weight's rows, which saves the copies."""
     x, weight = node.inputs
     matrix = _matrix(low, weight)
     if matrix is None or x is None:
         raise low.refuse("MatMul of two activations")
-    add = _bias_add(low, node)
-    bias = None
+    add, value, bias = _bias_add(low, node), node.outputs[0], None
     if add is not None:
-        bias = low.tensor(next(value for value in add.inputs if value is not None and value is not node.outputs[0]))
-    product = matmul.matmul(low, low.tensor(x), matrix, bias)
-    low.values[add.outputs[0] if add is not None else node.outputs[0]] = product
+        bias = next(_matrix(low, other) for other in add.inputs if other is not value)
+        value = add.outputs[0]
+        low.taken.add(add)
+    split = _following_split(low, value)
+    if split is None:
+        low.values[value] = _product(low, x, matrix, bias)
+        return
+    low.taken.add(split)
+    for output, part, rows in zip(split.outputs, *_row_parts(low, matrix, split), strict=True):
+        chosen = replace(matrix, name=f"{part}.weight", rows=rows)
+        low.values[output] = _product(low, x, chosen, bias and replace(bias, name=f"{part}.bias", rows=rows))
+
+
+def _product(low: SliceLowering, x: ir.Value, matrix: Matrix, bias: Matrix | None) -> ir.Value:
+    return matmul.matmul(low, low.tensor(x), matrix, None if bias is None else low.weight_tensor(bias))
+
+
+def _following_split(low: SliceLowering, value: ir.Value) -> ir.Node | None:
+    users = list(value.consumers())
+    if len(users) != 1 or users[0].op_type != "Split" or users[0] in low.claimed:
+        return None
+    return users[0] if users[0].attributes.get_int("axis", 0) in (-1, 2) else None
+
+
+def _row_parts(low: SliceLowering, matrix: Matrix, split: ir.Node) -> tuple[list[str], list[tuple[int, int]]]:
+    """Names and rows of the parts: called after the checkpoint's tensors where the parts are just those."""
+    assert isinstance(matrix.weight, CheckpointWeight)
+    widths = list(constant_integers(split.inputs[1]))
+    sources = low.weights.source_rows(matrix.weight)
+    if sum(widths) != sum(sources):
+        raise low.refuse(f"Split of {matrix.name} into {widths}, it has {sum(sources)} rows")
+    ends = list(accumulate(widths))
+    names = [f"{matrix.name.removesuffix('.weight')}.{index}" for index in range(len(widths))]
+    if widths == sources:
+        # model.layers.N.mlp.gate_proj.weight
+        names = [low.prefix + source.split(".", 3)[3].removesuffix(".weight") for source in matrix.weight.sources]
+    return names, list(zip([0, *ends], ends, strict=False))
 
 
 def _bias_add(low: SliceLowering, node: ir.Node) -> ir.Node | None:
@@ -82,8 +121,6 @@ def _bias_add(low: SliceLowering, node: ir.Node) -> ir.Node | None:
 
 
 def _add(low: SliceLowering, node: ir.Node) -> None:
-    if node.outputs[0] in low.values:
-        return  # a bias that its MatMul took in
     left, right = (low.tensor(value) for value in node.inputs if value is not None)
     leaves = node.outputs[0].is_graph_output()
     index = low.slice.index

@@ -6,7 +6,7 @@ Integer layouts are those of com.microsoft MatMulNBits (calibration/codecs.py), 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
@@ -48,6 +48,10 @@ class Region:
     offset: int
     length: int
 
+    def rows(self, rows: tuple[int, int], row_bytes: int) -> "Region":
+        """The part that holds some rows (first, behind last)."""
+        return Region(self.offset + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes)
+
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
@@ -74,6 +78,18 @@ class QuantizedMatrix:
     def zero_point_bytes(self) -> int:
         """Bytes of zero points in a row."""
         return (self.groups * self.bits + 7) // 8
+
+    def select(self, name: str, rows: tuple[int, int]) -> "QuantizedMatrix":
+        """Some of its rows (first, behind last) as a matrix called `name`: a view of the same bytes."""
+        zeros = self.zero_points.rows(rows, self.zero_point_bytes) if self.zero_points else None
+        return replace(
+            self,
+            name=name,
+            shape=(rows[1] - rows[0], self.shape[1]),
+            codes=self.codes.rows(rows, self.groups * self.group_bytes),
+            scales=self.scales.rows(rows, self.groups * 4),
+            zero_points=zeros,
+        )
 
 
 class WeightFile:
@@ -107,21 +123,26 @@ class WeightFile:
             base_dir=self.path.parent,
         )  # fmt: skip
 
-    def floats(self, name: str, weight: CheckpointWeight) -> ir.ExternalTensor:
-        """A weight stored as float32, bfloat16 or float16, in the checkpoint's layout."""
+    def source_rows(self, weight: CheckpointWeight) -> list[int]:
+        """How many rows each of its sources has."""
+        return [self._checkpoint.tensors[name].shape[0] for name in weight.sources]
+
+    def floats(self, name: str, weight: CheckpointWeight, rows: tuple[int, int] | None = None) -> ir.ExternalTensor:
+        """A weight, or some of its rows, stored as float32, bfloat16 or float16 in the checkpoint's layout."""
         dtype, storage = FLOATS[weight.precision.kind]
         shape = self.shape(weight)
         region = self._written.get(weight)
+        width = int(np.prod(shape[1:])) * storage.itemsize
         if region is None:
-            region = self._reserve(int(np.prod(shape)) * storage.itemsize)
+            region = self._reserve(shape[0] * width)
             self._written[weight] = region
-            width = region.length // shape[0]
             for start, chunk in self._chunks(weight, shape):
                 if isinstance(chunk, QuantizedRows) or chunk.dtype != storage:
                     raise TypeError(f"rows of {name} are not {storage}")
                 self._write(region.offset + start * width, chunk)
         assert isinstance(region, Region)
-        return self.tensor(name, region, dtype, shape)
+        first, behind = rows or (0, shape[0])
+        return self.tensor(name, region.rows((first, behind), width), dtype, (behind - first, *shape[1:]))
 
     def table(self, name: str, table: RotaryTable) -> ir.ExternalTensor:
         """A rotary table, float32 [length, D / 2]."""
