@@ -96,7 +96,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildOutco
             result = job.target.build(source, staging, progress)
             tokenizer.write(staging)
             check_peak(options.max_ram, "compile")
-        report = _verify(job, source, graphs, staging, result, progress) if options.parity else None
+        report = _verify(job, source, graphs, staging, progress) if options.parity else None
         with stage(progress, "package"):
             manifest = _manifest(job, source_digest.result(), result, report)
             manifest, digest = write_manifest(staging, manifest)
@@ -142,12 +142,16 @@ def build_source(job: Job, checkpoint: Checkpoint, quantized: CanonicalModel) ->
 
 
 def _verify(
-    job: Job, source: BuildSource, graphs: Graphs, engine: Path, result: BuildResult, progress: Progress
+    job: Job, source: BuildSource, graphs: Graphs, engine: Path, progress: Progress
 ) -> "VerifyReport":
-    from exporter.parity.verify import verify_build
+    from exporter.parity.verify import EngineUnderTest, verify_build
 
+    options = job.options
+    subject = EngineUnderTest(
+        job.target, engine, source.checkpoint, job.recipe, job.limits, options.text, options.threads
+    )
     with stage(progress, "verify"):
-        report = verify_build(job, source, graphs, engine, result, progress)
+        report = verify_build(subject, graphs.traced, graphs.fused, graphs.quantized, source.rows, progress)
         check_peak(job.options.max_ram, "verify")
     return report
 

@@ -65,7 +65,7 @@ def module_name(path: Path) -> str:
 
 def source_files() -> list[Path]:
     files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-    return [*files, ROOT / "enginesmith.py"]
+    return [*files, ROOT / "enginesmith" / "__init__.py"]
 
 
 def _is_type_checking(node: ast.AST) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("exporter", "calibration", "targets", "enginesmith.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("exporter", "calibration", "targets", "enginesmith", "pyproject.toml", "README.md", "LICENSE")
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "onnxscript")
 
 
@@ -60,7 +60,7 @@ def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert not expected - held
-    assert "enginesmith.py" in held
+    assert "enginesmith/__init__.py" in held and "enginesmith/py.typed" in held
     assert any(name.endswith("licenses/LICENSE") for name in held)
     assert not [name for name in held if name.startswith(("tests/", "examples/", "docs/"))]
 

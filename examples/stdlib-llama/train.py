@@ -1,9 +1,10 @@
 """Train the example model: a 7-million-parameter Llama on the Python standard library's sources.
 
-    python train.py --out DIR [--tokens 7000000]
+    python train.py --out DIR [--tokens 6144000]
 
-Writes a Hugging Face checkpoint (bf16 safetensors), its tokenizer and the held-out text to DIR.
-Needs torch, transformers and tokenizers; about an hour on two cores.
+Writes a Hugging Face checkpoint (bf16 safetensors), its tokenizer and the held-out text to DIR. Run again with
+the same DIR, it goes on from the state it saved last. Needs torch, transformers and tokenizers; about an hour on
+two cores.
 """
 
 import argparse
@@ -24,6 +25,7 @@ CHAT_TEMPLATE = (
     "<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+STATE = "training.pt"
 VOCABULARY, CONTEXT, BATCH, SEED = 4096, 1024, 4, 0
 
 
@@ -105,7 +107,11 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, tokens: int, out: Path)
     schedules = [torch.optim.lr_scheduler.LambdaLR(t, lambda s: learning_rate_factor(s, steps)) for t in tools]
     starts = torch.empty(0, dtype=torch.long)
     begin = time.time()
-    for step in range(steps):
+    first = resume(model, out / STATE)
+    generator.manual_seed(SEED + first)
+    for schedule in schedules:
+        schedule.step(first)
+    for step in range(first, steps):
         if len(starts) < BATCH:
             offset = int(torch.randint(window, (1,), generator=generator))
             starts = offset + window * torch.randperm((len(stream) - offset) // window, generator=generator)
@@ -119,8 +125,17 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, tokens: int, out: Path)
         model.zero_grad()
         if step % 20 == 0:
             print(f"step {step}/{steps} loss {loss.item():.3f} {time.time() - begin:.0f} s", flush=True)
-        if step % 200 == 199:
-            torch.save(model.state_dict(), out / "training.pt")
+        if step % 100 == 99:
+            torch.save({"step": step + 1, "model": model.state_dict()}, out / STATE)
+
+
+def resume(model: LlamaForCausalLM, state: Path) -> int:
+    """Load the weights an interrupted run saved; the step to go on from. The optimizers start afresh."""
+    if not state.exists():
+        return 0
+    saved = torch.load(state, weights_only=True)
+    model.load_state_dict(saved["model"])
+    return int(saved["step"])
 
 
 @torch.no_grad()
@@ -145,10 +160,13 @@ def unigram_perplexity(train_ids: torch.Tensor, ids: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=7_000_000)
+    parser.add_argument("--tokens", type=int, default=6_144_000)
+    parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     root = library_root()
     tokenizer = train_tokenizer([read_source(path) for path in training_files(root)])
     tokenizer.save_pretrained(options.out)
@@ -161,7 +179,7 @@ def main() -> None:
     train(model, stream, options.tokens, options.out)
     model = model.to(torch.bfloat16)
     model.save_pretrained(options.out)
-    (options.out / "training.pt").unlink(missing_ok=True)
+    (options.out / STATE).unlink(missing_ok=True)
     print(f"held-out perplexity {perplexity(model.float(), held_out):.2f}, ", end="")
     print(f"unigram {unigram_perplexity(stream, held_out):.1f}")
 
