@@ -47,6 +47,7 @@ def _signature(value: "ir.Value") -> tuple[str | None, str, str]:
 def _walk(first: "ir.Graph", second: "ir.Graph") -> Iterator[str]:
     """Pair values from the outputs backwards; a value paired twice must have the same partner."""
     partner: dict[ir.Value, ir.Value] = dict(zip(first.inputs, second.inputs, strict=True))
+    reverse = {theirs: mine for mine, theirs in partner.items()}
     stack: list[tuple[ir.Value | None, ir.Value | None]] = list(zip(first.outputs, second.outputs, strict=True))
     while stack:
         mine, theirs = stack.pop()
@@ -59,11 +60,11 @@ def _walk(first: "ir.Graph", second: "ir.Graph") -> Iterator[str]:
             if not _same_constant(mine, theirs):
                 yield f"constants {mine.name!r} and {theirs.name!r} differ"
             continue
-        if mine in partner:
-            if partner[mine] is not theirs:
+        if mine in partner or theirs in reverse:
+            if partner.get(mine) is not theirs or reverse.get(theirs) is not mine:
                 yield f"wiring differs at {mine.name!r} and {theirs.name!r}"
             continue
-        partner[mine] = theirs
+        partner[mine], reverse[theirs] = theirs, mine
         producers = mine.producer(), theirs.producer()
         if producers[0] is None or producers[1] is None:
             yield f"{mine.name!r} and {theirs.name!r} have different sources"

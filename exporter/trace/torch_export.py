@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 
 from exporter.core.config import ModelConfig
+from exporter.trace.lower_program import lower_program
 from exporter.trace.model import LlamaWithBoundaries, build_model, example_inputs, llama_config
 
 # torchlib is written in opset 18; any other version would pass through a converter first.
@@ -28,6 +29,7 @@ def export_whole(config: ModelConfig, layers: int) -> ir.Model:
     )
     with quiet(), torch.no_grad():
         program = torch.export.export(module, example_inputs(config, layers), dynamic_shapes=shapes, strict=False)
+        lower_program(program)
         exported = torch.onnx.export(
             program, dynamo=True, opset_version=TORCHLIB_OPSET, optimize=False, verbose=False, external_data=False
         )

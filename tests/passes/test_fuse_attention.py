@@ -77,7 +77,14 @@ def test_fuses_and_computes_the_same(kv_heads: int) -> None:
         ({"perm": "[0, 1, 2, 3]"}, ""),
         ({"repeat_axis": "one", "times": "tiled"}, "axis [1]"),
     ],
-    ids=["no scale", "a bias that is no mask", "softmax over queries", "shifted scores", "not transposed", "tiled heads"],
+    ids=[
+        "no scale",
+        "a bias that is no mask",
+        "softmax over queries",
+        "shifted scores",
+        "not transposed",
+        "tiled heads",
+    ],
 )
 def test_leaves_a_near_miss_untouched(changes: dict[str, str], reason: str) -> None:
     model = attention(2, **changes)

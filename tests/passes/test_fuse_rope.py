@@ -54,7 +54,8 @@ def rope(**changes: str) -> ir.Model:
 slice (float[{B},{HEADS},{S},{D}] x, int64[{B},{S}] position_ids, int64[{B},{S}] others)
   => (float[{B},{HEADS},{S},{D}] y)
 <int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] last = {{3}}, int64[1] step = {{1}},
- int64[1] half = {{8}}, int64[1] odd = {{6}}, int64[1] end = {{9223372036854775807}}, float scale = {{{names["scale"]}}},
+ int64[1] half = {{8}}, int64[1] odd = {{6}}, int64[1] end = {{9223372036854775807}},
+ float scale = {{{names["scale"]}}},
  float[8] frequencies = {{0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0}}>
 {{ {ANGLES.format(**names)} {ROTATION.format(**names)} }}""")
     model.graph.initializers["frequencies"].const_value = ir.tensor(frequencies, name="frequencies")
@@ -132,6 +133,6 @@ def test_leaves_interleaved_pairs_untouched() -> None:
 
 def test_refuses_frequencies_that_the_config_does_not_have() -> None:
     model = rope()
-    with pytest.raises(BudgetError, match="differ from config.json's") as caught:
+    with pytest.raises(BudgetError, match=r"differ from config\.json's") as caught:
         fuse_rope(piece(model), context(rope_theta=20000.0))
     assert caught.value.kind == "fuse.rotary"

@@ -19,6 +19,8 @@ slice (float[B,S,{h}] hidden, float[{h}] weight, float[{v},{h}] lm_head) => (flo
 }}
 """
 
+MEAN = "mean = ReduceMean <keepdims = 1> (hidden, places) mixed = Sub(hidden, mean)"
+
 
 def head(before: str = "", source: str = "hidden", axis: int = -1) -> ir.Model:
     return parse(GRAPH.format(h=H, v=V, before=before, source=source, axis=axis))
@@ -41,7 +43,10 @@ def test_gathers_and_computes_the_same(rows: list[int]) -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: head("mean = ReduceMean <keepdims = 1> (hidden, places) mixed = Sub(hidden, mean)", "mixed"), "ReduceMean"),
+        (
+            lambda: head("mean = ReduceMean <keepdims = 1> (hidden, places) mixed = Sub(hidden, mean)", "mixed"),
+            "ReduceMean",
+        ),
         (lambda: head(axis=1), "RMSNormalization"),
         (lambda: head("mixed = Transpose <perm = [1, 0, 2]> (hidden)", "mixed"), "Transpose"),
     ],

@@ -12,8 +12,9 @@ from tests.passes.graphs import assert_same, context, normal, operators, parse, 
 
 SPLIT_HEADS = """
 slice (float[B,S,12] x, float[B,2,P,4] past) => (float[B,S,3,4] y, float[B,2,T,4] joined, float[B,6,T,4] wide)
-<int64 zero = {0}, int64 first = {1}, int64[1] axis = {0}, int64[1] minus = {-1}, int64[1] four = {4}, int64[1] six = {6},
- int64[1] two = {2}, int64[1] three = {3}, float[1] nothing = {0.0}, int64[5] ones = {-1, -1, -1, -1, -1}>
+<int64 zero = {0}, int64 first = {1}, int64[1] axis = {0}, int64[1] minus = {-1}, int64[1] four = {4},
+ int64[1] six = {6},
+ int64[1] two = {2}, int64[1] three = {3}, int64[5] ones = {-1, -1, -1, -1, -1}>
 {
   shape = Shape(x)
   b0 = Gather(shape, zero)
@@ -44,7 +45,11 @@ def test_folds_shape_computations_for_every_size(past: int) -> None:
     expected = run_ort(model, feeds)
     assert fold_shapes(piece(model), context()).fired > 0
     assert not operators(model).keys() & {"Shape", "Gather", "Equal", "Where"}
-    constants = {node.outputs[0].name: node.inputs[1].const_value.numpy().tolist() for node in model.graph if node.op_type in ("Reshape", "Expand")}
+    constants = {
+        node.outputs[0].name: node.inputs[1].const_value.numpy().tolist()
+        for node in model.graph
+        if node.op_type in ("Reshape", "Expand")
+    }
     assert constants == {"y": [0, 0, 3, 4], "expanded": [1, 1, 3, 1, 1], "wide": [0, 6, -1, 4]}
     assert_same(run_ort(model, feeds), expected, 0)
     assert_same(run_reference(model, feeds), expected, 0)

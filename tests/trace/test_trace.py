@@ -98,9 +98,10 @@ def test_tracing_is_silent(tracer: str, capfd: pytest.CaptureFixture[str]) -> No
 
 
 def test_an_unknown_tracer_is_refused() -> None:
-    with pytest.raises(InputError, match="torch-export, torchscript") as caught:
+    with pytest.raises(InputError, match="jax") as caught:
         trace(tiny_config(), "jax")
     assert caught.value.kind == "usage.tracer"
+    assert "torch-export, torchscript" in caught.value.remedy
 
 
 def test_layers_that_differ_are_not_stamped() -> None:
@@ -108,7 +109,7 @@ def test_layers_that_differ_are_not_stamped() -> None:
     traced = traced_model(config, "torchscript", full=True)
     softmax = next(node for node in traced.layers[1].structure.graph if node.op_type == "Softmax")
     softmax.attributes["axis"] = ir.AttrInt64("axis", 2)
-    with pytest.raises(UnsupportedError, match="layer 0 and layer 1 .* Softmax attributes") as caught:
+    with pytest.raises(UnsupportedError, match=r"layer 0 and layer 1 .* Softmax attributes") as caught:
         stamp(traced, config)
     assert caught.value.kind == "trace.layers"
 
