@@ -37,13 +37,14 @@ class EngineGraph:
         name: str,
         *,
         domain: str = "",
-        outputs: Sequence[str] = (),
+        outputs: Sequence[str] | int = 1,
         attributes: dict[str, int | float | str | Sequence[int]] | None = None,
     ) -> ir.Value:
-        """Append a node and return its first output; outputs are called after the node unless named."""
+        """Append a node and return its first output. `outputs` gives their names, or how many are named after it."""
         name = self._unique(name)
-        names = list(outputs) or [f"{name}.out"]
-        values = [ir.Value(name=output) for output in names]
+        if isinstance(outputs, int):
+            outputs = [f"{name}.out"] if outputs == 1 else [f"{name}.out.{index}" for index in range(outputs)]
+        values = [ir.Value(name=output) for output in outputs]
         self._nodes.append(ir.node(kind, inputs, attributes or {}, domain=domain, outputs=values, name=name))
         return values[0]
 

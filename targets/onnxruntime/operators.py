@@ -182,8 +182,7 @@ def _copy(low: SliceLowering, node: ir.Node) -> None:
     inputs = [None if value is None else low.tensor(value) for value in node.inputs]
     name = f"{low.prefix}{node.op_type.lower()}"
     attributes = {attribute.name: attribute.value for attribute in node.attributes.values()}
-    outputs = [f"{name}.{value.name}" for value in node.outputs]
-    low.graph.op(node.op_type, inputs, name, outputs=outputs, attributes=attributes)
+    low.graph.op(node.op_type, inputs, name, outputs=len(node.outputs), attributes=attributes)
     low.values.update(zip(node.outputs, low.graph.last_node.outputs, strict=True))
 
 
