@@ -30,7 +30,7 @@ def lower_program(program: torch.export.ExportedProgram) -> bool:
     targets = {node.target for node in graph.nodes if node.op == "call_function"}
     lowered = all(target in TRANSLATED or not isinstance(target, torch._ops.OpOverload) for target in targets)
     if lowered:
-        program.run_decompositions = lambda *_, **__: program  # type: ignore[method-assign]
+        program.run_decompositions = lambda *_, **__: program
     return lowered
 
 

@@ -18,9 +18,11 @@ BATCH, SEQUENCE, PAST = 2, 3, 5
 def llama_config(config: ModelConfig, layers: int) -> LlamaConfig:
     """The checkpoint's own config, cut to `layers` layers, eager attention.
 
-    Weights are untied: whether head and embedding read one tensor is a matter of weights, not of structure.
+    Weights are untied: whether head and embedding read one tensor is a matter of weights, not of structure. Token ids
+    are left out: published configs hold some beyond the vocabulary, which nn.Embedding refuses as padding.
     """
-    llama = LlamaConfig.from_dict({**config.raw, "num_hidden_layers": layers, "tie_word_embeddings": False})
+    changes = {"num_hidden_layers": layers, "tie_word_embeddings": False, "pad_token_id": None}
+    llama = LlamaConfig.from_dict({**config.raw, **changes})
     llama._attn_implementation = "eager"
     return llama
 

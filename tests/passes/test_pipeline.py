@@ -1,6 +1,7 @@
 """The whole pipeline: both tracers, every shape, exactly the canonical model written by hand; faults found by name."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -213,3 +214,16 @@ def test_the_list_of_passes_tells_what_is_expected() -> None:
     assert all(step.summary for step in listed.values())
     counted = {name for name, step in listed.items() if any(n is not None for n in step.expected.values())}
     assert counted == FIRED.keys()
+
+
+def test_the_documentation_lists_the_passes_in_their_order() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "passes.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    shown = {row[1].strip(" `"): (row[3].strip(), row[4].strip()) for row in rows}
+    told = {
+        step.name: tuple(
+            "-" if kind not in step.expected else str(step.expected[kind] or "any") for kind in ("layer", "head")
+        )
+        for step in passes_list()
+    }
+    assert list(shown.items()) == list(told.items())

@@ -133,3 +133,22 @@ def test_other_weights_than_the_config_promises_are_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"q_proj\.bias") as caught:
         _check_weights(with_biases, config)
     assert caught.value.kind == "trace.weights"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "bfloat16"},
+        {"rope_theta": 10000.0, "pretraining_tp": 1, "num_key_value_heads": None, "transformers_version": "4.31.0"},
+        {"head_dim": None, "pad_token_id": -1, "use_cache": False},
+        {"pad_token_id": 32000, "attention_dropout": 0.1, "_attn_implementation": "sdpa"},
+    ],
+    ids=["rope before version 5", "llama 2", "no head_dim, no pad", "pad beyond the vocabulary"],
+)
+def test_configs_of_every_age_are_traced(changes: dict[str, object]) -> None:
+    config = tiny_config(**changes)
+    traced = trace(config, "torchscript")
+    frequencies = traced.layers[0].structure.graph.initializers["inv_freq"].const_value
+    assert frequencies is not None
+    expected = config.rope.inverse_frequencies(config.head_dim)
+    assert np.allclose(frequencies.numpy(), expected, rtol=1e-6, atol=0)
