@@ -12,6 +12,7 @@ from targets.base import BuildResult, BuildSource, Limits, Runner, RunOptions
 from targets.onnxruntime.support import capabilities, recipe_support
 
 MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
+MACHINES = ("x86_64", "AMD64", "aarch64", "arm64")
 PACKAGES = ("onnxruntime", "onnx", "onnx-ir")
 
 
@@ -21,15 +22,15 @@ class OnnxRuntimeTarget:
     name = "onnxruntime"
 
     def probe(self) -> Support:
+        """Whether engines can be built here; running one needs onnxruntime alone."""
         missing = [name for name, version in self.versions().items() if not version]
         if missing:
-            return Support(
-                "refused", f"not installed: {', '.join(missing)}", "pip install 'enginesmith[build,onnxruntime]'"
-            )
-        if platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"):
-            return Support(
-                "refused", f"ONNX Runtime has no fast kernels for {platform.machine()}", "use x86-64 or arm64"
-            )
+            runs = "" if "onnxruntime" in missing else " (engines built before do run)"
+            remedy = "pip install 'enginesmith[build,onnxruntime]'"
+            return Support("refused", f"not installed: {', '.join(missing)}{runs}", remedy)
+        if platform.machine() not in MACHINES:
+            why = f"ONNX Runtime has no MatMulNBits kernels for {platform.machine()}"
+            return Support("refused", why, f"use one of {', '.join(MACHINES)}")
         return Support("native")
 
     def versions(self) -> dict[str, str]:
