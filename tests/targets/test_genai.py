@@ -12,7 +12,7 @@ from exporter.core.config import parse_config
 from targets.base import Limits
 from targets.onnxruntime.genai_config import genai_config
 from tests.support.tiny import BASE, SHAPES
-from tests.targets.engines import LIMITS, RECIPES, Engine, eager, random_ids
+from tests.targets.engines import LIMITS, RECIPES, Engine, eager, eager_logits, random_ids
 
 og = pytest.importorskip("onnxruntime_genai")
 NEW_TOKENS = 24
@@ -80,6 +80,43 @@ def test_other_heads_run_too(engine, tmp_path, head_dim):
     prompt = random_ids(built.config, 5, seed=6)
     [theirs] = genai_greedy(with_tokenizer(built, tmp_path), prompt[None], 5 + NEW_TOKENS)
     assert theirs == our_greedy(built, prompt, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("head_dim", [16, 20])
+def test_prompts_may_come_in_pieces(engine, tmp_path, head_dim):
+    built = engine("biases", "fp32", head_dim=head_dim)
+    prompt = random_ids(built.config, 9, seed=9)
+    model = og.Model(str(with_tokenizer(built, tmp_path)))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=LIMITS.max_seq_len)
+    generator = og.Generator(model, parameters)
+    for piece in (prompt[:5], prompt[5:]):
+        generator.append_tokens(piece[None].astype(np.int32))
+    theirs = []
+    for _ in range(6):
+        generator.generate_next_token()
+        theirs.append(int(generator.get_next_tokens()[0]))
+    assert theirs == our_greedy(built, prompt, 6)
+
+
+def test_beam_search_runs(engine, tmp_path):
+    """Its cache grows from step to step, past and present apart. The best of two beams scores no worse than greedy."""
+    built = engine("biases", "fp32")
+    prompt, new = random_ids(built.config, 9, seed=9), 6
+    model = og.Model(str(with_tokenizer(built, tmp_path)))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=9 + new, num_beams=2, length_penalty=0.0, early_stopping=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(prompt[None].astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = [generator.get_sequence(0)[9:].tolist(), our_greedy(built, prompt, new)]
+    scores = []
+    for output in found:
+        ids = np.append(prompt, output)
+        logits = torch.from_numpy(eager_logits(eager(built.source), ids[:-1])[8:])
+        scores.append(torch.log_softmax(logits, -1)[torch.arange(len(output)), torch.tensor(output)].sum())
+    assert scores[0] >= scores[1] - 1e-4
 
 
 def test_a_ragged_batch_runs(engine, tmp_path):
