@@ -78,8 +78,8 @@ class Runner(Protocol):
     """Valid cached positions of each row, int64 [B]."""
 
     hidden: list[np.ndarray]
-    """After `prefill` with `hidden_states`: the residual stream [B, S, H] entering layer 0, 1, ... and leaving
-    the last one."""
+    """After a call with `hidden_states`: the residual stream [B, S, H] entering layer 0, 1, ... and leaving the
+    last one, for the positions of that call."""
 
     def __enter__(self) -> Self: ...
 
@@ -113,6 +113,9 @@ class Target(Protocol):
     """One way to build and run engines. Vendor libraries are imported inside methods, never on import."""
 
     name: str
+
+    integer_activations: bool
+    """Whether activations are rounded to int8, one scale a group, before integer matrices: parity simulates it."""
 
     def probe(self) -> Support:
         """Whether the toolchain is here; never raises; says why not and the remedy."""

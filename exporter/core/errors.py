@@ -1,6 +1,6 @@
 """The errors that enginesmith reports: each knows its exit code, a stable kind, and a remedy."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class EngineSmithError(Exception):
@@ -38,14 +38,23 @@ class UnsupportedError(EngineSmithError):
 class ParityError(EngineSmithError):
     """A numerical gate failed: the engine is not the model within its limits.
 
-    `report` is the whole verification result as JSON-ready data, with `first_divergence` filled in.
+    `report` is the whole verification result as JSON-ready data, with `first_divergence` filled in;
+    `verification` is the VerifyReport itself, for writing a page.
     """
 
     exit_code = 4
 
-    def __init__(self, kind: str, message: str, remedy: str = "", report: dict[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        message: str,
+        remedy: str = "",
+        report: dict[str, object] | None = None,
+        verification: Any = None,
+    ) -> None:
         super().__init__(kind, message, remedy)
         self.report = report or {}
+        self.verification = verification
 
 
 class ArtifactError(EngineSmithError):

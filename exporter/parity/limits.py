@@ -59,7 +59,7 @@ SIMULATION_COARSE = 1e-2
 is half precision. Also how far two ways through one such engine (decode, chunks, batches) may differ."""
 
 SELF_FP32 = 2e-5
-"""Two ways through one float32 engine: each is within the fp32 limit of eager, and they share their weights."""
+"""Two ways through one float32 engine, or one slice of it beside its simulation: the fp32 limit against eager."""
 
 
 def eager_limits(recipe: Recipe) -> EagerLimits:
@@ -86,7 +86,8 @@ def engine_limits(recipe: Recipe, *, integer_activations: bool, half_arithmetic:
     """`integer_activations`: the engine rounds activations to int8 before integer matrices."""
     if integer_activations or half_arithmetic:
         return EngineLimits(SIMULATION_COARSE, SIMULATION_COARSE)
-    return EngineLimits(CHAINED_ERROR if recipe.lossless else SIMULATION_FP32, SELF_FP32)
+    floats = recipe.parity_class in ("fp32", "fp16", "bf16")
+    return EngineLimits(SELF_FP32 if floats else SIMULATION_FP32, SELF_FP32)
 
 
 def within(value: float, limit: float | None) -> bool:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from exporter.core.errors import ParityError
 from exporter.parity.limits import EagerLimits, within
 from exporter.parity.metrics import LogitMetrics
 
@@ -119,6 +120,33 @@ class VerifyReport:
             and all(stage.passed for stage in self.stages)
         )
 
+    def describe(self) -> str:
+        """The verdict and the figures behind it, for people."""
+        lines = [f"parity {'passed' if self.passed else 'FAILED'}: {self.recipe} on {self.target}"]
+        if self.first_divergence:
+            lines.append(f"  first divergence: {self.first_divergence.describe()}")
+        for check in self.failures or self.checks:
+            value = "not measured" if check.value is None else f"{check.value:.3g}"
+            limit = "reported" if check.limit is None else f"limit {check.limit:.3g}"
+            lines.append(f"  {check.name:<30}{value:>12}  {limit}" + ("" if check.passed else "  FAILED"))
+        return "\n".join(lines)
+
+    def require_passed(self) -> None:
+        """Raise ParityError with this report unless everything passed."""
+        if self.passed:
+            return
+        failed = [f"{c.name} {c.value} over its limit {c.limit} ({c.stage})" for c in self.failures[:3]]
+        found = self.first_divergence
+        where = f"first divergence: {found.describe()}" if found else "no divergence was localised"
+        raise ParityError(
+            "parity.failed",
+            f"parity failed for {self.recipe} on {self.target}: {'; '.join(failed) or 'the engine was not run'}; "
+            f"{where}",
+            _remedy(found),
+            self.to_json(),
+            self,
+        )
+
     @property
     def failures(self) -> list[Check]:
         checks = [*self.checks, *(check for stage in self.stages for check in stage.checks)]
@@ -139,6 +167,12 @@ class VerifyReport:
             "stages": [stage.to_json() for stage in self.stages],
             "facts": self.facts,
         }
+
+
+def _remedy(found: Divergence | None) -> str:
+    if found and found.stage == "quantize":
+        return "choose a finer recipe: a smaller group size, int8, or more bits for head or embedding"
+    return "this is a fault of the build, not of the checkpoint: report it with the --report page"
 
 
 def finite(value: float | None) -> float | None:

@@ -53,13 +53,28 @@ class Expectation:
 
 def expect(model: EagerModel, inputs: ParityInputs, advance: Advance) -> Expectation:
     """Run an eager model over all rows."""
-    prompt = inputs.ragged_prompts[-1]
-    probe: list[np.ndarray] = []
-    hidden: list[np.ndarray] = []
+    recorder = Recorder(model, inputs)
     for index, hidden in enumerate(model.boundaries(inputs.rows)):
-        probe.append(hidden[-1][:prompt].copy())
+        recorder.record(hidden)
         advance(index / (model.config.num_layers + 1), f"layer {index} of {model.config.num_layers}")
-    return Expectation(model, take(hidden, scored_positions(inputs)), probe)
+    return recorder.expectation()
+
+
+class Recorder:
+    """Keeps of an eager model's hidden states, boundary by boundary, what an Expectation needs."""
+
+    def __init__(self, model: EagerModel, inputs: ParityInputs) -> None:
+        self._model, self._inputs = model, inputs
+        self._probe: list[np.ndarray] = []
+        self._final = np.empty(0)
+
+    def record(self, hidden: list[np.ndarray]) -> None:
+        """The residual stream [S, H] of all rows at the next boundary."""
+        self._probe.append(hidden[-1][: self._inputs.ragged_prompts[-1]].copy())
+        self._final = take(hidden, scored_positions(self._inputs))
+
+    def expectation(self) -> Expectation:
+        return Expectation(self._model, self._final, self._probe)
 
 
 def compare_logits(

@@ -7,7 +7,6 @@ import numpy as np
 
 from exporter.core.canonical import CanonicalModel, Slice
 from exporter.core.checkpoint import Checkpoint
-from exporter.core.progress import Progress
 from exporter.core.recipe import Recipe
 from exporter.parity.graph_slice import GraphLayer, SliceFailed, SliceRunner
 from exporter.parity.inputs import ParityInputs
@@ -15,6 +14,7 @@ from exporter.parity.limits import FP32, eager_limits
 from exporter.parity.localise import Evidence, Suspect, localise
 from exporter.parity.reference import EagerLayer, EagerModel
 from exporter.parity.report import Divergence, StageResult
+from exporter.parity.scoring import Advance, Expectation, Recorder
 from exporter.parity.track import EagerStep, SlicedModel, StageTrack
 from exporter.parity.weight_values import RecipeValues, WeightPrecisions
 from targets.base import RowReader
@@ -22,9 +22,11 @@ from targets.base import RowReader
 
 @dataclass(frozen=True)
 class StageResults:
-    """What the graphs showed, in the order of the stages that were run."""
+    """What the graphs showed, in the order of the stages that were run, and what the eager model said beside them
+    (None where the walk ended early)."""
 
     stages: tuple[StageResult, ...]
+    reference: Expectation | None = None
 
     @property
     def passed(self) -> bool:
@@ -49,13 +51,14 @@ def verify_stages(
     rows: RowReader,
     recipe: Recipe,
     inputs: ParityInputs,
-    progress: Progress,
+    advance: Advance,
 ) -> StageResults:
     """Hold the graphs of every stage to the eager model.
 
     `rows` reads weights at their precision, as the build does; `quantized` is the canonical model after the recipe
     (left out as a stage of its own where the recipe changes no weight). A stage that diverges, and those after it,
-    stop there; the earlier ones go on, so that the first faulty stage is named.
+    stop there; the earlier ones go on, so that the first faulty stage is named. `advance(fraction, detail)` reports
+    progress.
     """
     precisions = WeightPrecisions.from_model(quantized)
     reference = EagerModel(checkpoint, chunk=inputs.plan.chunk)
@@ -68,33 +71,37 @@ def verify_stages(
         runner = SliceRunner(checkpoint.config, rows)
         limits = eager_limits(recipe)
         tracks.append(StageTrack("quantize", quantized, runner, rounded, limits, inputs, lossless=False))
-    _StageRun(reference, tracks, inputs, progress).run()
-    return StageResults(tuple(track.result() for track in tracks if track.started))
+    expectation = _StageRun(reference, tracks, inputs, advance).run()
+    return StageResults(tuple(track.result() for track in tracks if track.started), expectation)
 
 
 class _StageRun:
     """The walk of the eager model and all tracks through embedding, layers and head."""
 
     def __init__(
-        self, reference: EagerModel, tracks: Sequence[StageTrack], inputs: ParityInputs, progress: Progress
+        self, reference: EagerModel, tracks: Sequence[StageTrack], inputs: ParityInputs, advance: Advance
     ) -> None:
-        self.reference, self.tracks, self.inputs, self.progress = reference, tracks, inputs, progress
+        self.reference, self.tracks, self.inputs, self.advance = reference, tracks, inputs, advance
 
-    def run(self) -> None:
+    def run(self) -> Expectation | None:
         layers = self.reference.config.num_layers
+        recorder = Recorder(self.reference, self.inputs)
         hidden = self.reference.embed(self.inputs.rows)
+        recorder.record(hidden)
         for track in self.tracks:
             track.embed(hidden)
             if not track.going:
                 break
         for index in range(layers):
             if not self._going():
-                return
-            self.progress.advance(index / (layers + 1), f"layer {index} of {layers}")
+                return None
+            self.advance(index / (layers + 1), f"stages, layer {index} of {layers}")
             hidden = self._layer(index, hidden)
-        self.progress.advance(layers / (layers + 1), "head")
+            recorder.record(hidden)
+        self.advance(layers / (layers + 1), "stages, head")
         for track in self._going():
             track.finish(self.reference, hidden)
+        return recorder.expectation()
 
     def _going(self) -> list[StageTrack]:
         """The stages before the first that diverged."""
@@ -106,17 +113,17 @@ class _StageRun:
         step = EagerStep(index, layer, hidden, [layer.run(row) for row in hidden])
         for track in self._going():
             if track.expected is self.reference:
-                self._advance(track, step, layer)
+                self._advance_track(track, step, layer)
         # The reference's weights are dropped before the recipe's are read.
         after = [out.hidden for out in step.after]
         del layer
         step = replace(step, layer=None)
         for track in self._going():
             if track.expected is not self.reference:
-                self._advance(track, step, track.expected.layer(index))
+                self._advance_track(track, step, track.expected.layer(index))
         return after
 
-    def _advance(self, track: StageTrack, step: EagerStep, local: EagerLayer) -> None:
+    def _advance_track(self, track: StageTrack, step: EagerStep, local: EagerLayer) -> None:
         try:
             track.advance(step, local)
         except SliceFailed as error:

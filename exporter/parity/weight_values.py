@@ -69,6 +69,10 @@ class WeightPrecisions:
     def lossless(self) -> bool:
         return all(precision.kind == "fp32" for precision in self.by_tensor.values())
 
+    @property
+    def has_integers(self) -> bool:
+        return any(precision.is_integer for precision in self.by_tensor.values())
+
 
 def _slice_precisions(piece: Slice) -> Iterator[tuple[tuple[str, str], Precision]]:
     for weight in piece.weights.values():

@@ -20,6 +20,7 @@ class OnnxRuntimeTarget:
     """Lowers the canonical model to GroupQueryAttention and MatMulNBits; targets.base.Target says what each does."""
 
     name = "onnxruntime"
+    integer_activations = True
 
     def probe(self) -> Support:
         """Whether engines can be built here; running one needs onnxruntime alone."""

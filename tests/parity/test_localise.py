@@ -35,7 +35,7 @@ class Prepared:
         quantized = models.get("quantized", apply_recipe(fused, preset(recipe), self.checkpoint.config))
         rows = WeightRows(self.checkpoint)
         return verify_stages(
-            self.checkpoint, self.traced, fused, quantized, rows, preset(recipe), self.inputs, NoProgress()
+            self.checkpoint, self.traced, fused, quantized, rows, preset(recipe), self.inputs, NoProgress().advance
         )
 
 

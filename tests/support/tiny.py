@@ -59,12 +59,18 @@ def tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
 
 
 def write_checkpoint(
-    out: Path, shape: str = "gqa", dtype: torch.dtype = torch.bfloat16, shard: str = "1GB", **changes: Any
+    out: Path,
+    shape: str = "gqa",
+    dtype: torch.dtype = torch.bfloat16,
+    shard: str = "1GB",
+    gain: float = 1.5,
+    **changes: Any,
 ) -> Path:
     """Write a seeded random checkpoint with a tokenizer; `changes` override config fields.
 
     Norm weights and biases are random too, so that a forgotten one shows, and weights are large
-    enough that attention and logits are far from uniform.
+    enough that attention and logits are far from uniform: `gain` is the growth of a vector's norm in a matrix.
+    A gain of 0.5 makes a model that bears quantization as trained ones do.
     """
     config = LlamaConfig(**{**BASE, **SHAPES[shape], **changes})
     torch.manual_seed(0)
@@ -76,7 +82,7 @@ def write_checkpoint(
             elif parameter.ndim == 1:
                 parameter.normal_(std=0.1)
             else:
-                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+                parameter.normal_(std=gain * parameter.shape[1] ** -0.5)
     model.to(dtype).save_pretrained(out, max_shard_size=shard)
     tokenizer().save_pretrained(out)
     return out

@@ -1,0 +1,111 @@
+"""A built engine held to its simulated quantization, to eager, and to itself."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from exporter.core.recipe import Recipe
+from exporter.parity.engine_run import EngineRun, OpenRunner, run_engine
+from exporter.parity.inputs import ParityInputs
+from exporter.parity.layerwise import LayerwiseErrors, layerwise_errors
+from exporter.parity.limits import EngineLimits, eager_limits, engine_limits, within
+from exporter.parity.metrics import LogitMetrics
+from exporter.parity.reference import EagerModel
+from exporter.parity.report import Check, Divergence, StageResult, eager_checks
+from exporter.parity.scoring import (
+    Advance,
+    Expectation,
+    column_blocks,
+    columns,
+    compare_logits,
+    scored_positions,
+    targets,
+)
+
+STAGE = "compile"
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """What the engine showed. `metrics` is against eager; `stage` holds the errors slice by slice."""
+
+    checks: tuple[Check, ...]
+    metrics: LogitMetrics
+    stage: StageResult
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def faithful(self) -> bool:
+        """Whether the engine computes what its recipe says, however much the recipe loses."""
+        return self.stage.divergence is None
+
+
+def verify_engine(
+    open_runner: OpenRunner,
+    reference: Expectation,
+    simulation: EagerModel,
+    inputs: ParityInputs,
+    recipe: Recipe,
+    max_batch: int,
+    advance: Advance,
+) -> EngineResult:
+    """Run an engine and compare it. `simulation` is the eager model with the recipe's weights (and activations, if
+    the engine rounds them): the reference's own model for a lossless recipe."""
+    limits = engine_limits(recipe, integer_activations=simulation.integer_activations)
+    run = run_engine(open_runner, inputs, max_batch, lambda f, detail: advance(0.4 * f, detail))
+    metrics = _against_eager(run, reference, inputs)
+    errors = layerwise_errors(
+        open_runner, run.logits, simulation, inputs, lambda f, detail: advance(0.4 + 0.6 * f, detail)
+    )
+    tight = (
+        Check("simulation_relative_l2_error", max(errors.all), limits.simulation, STAGE),
+        Check("decode_vs_prefill", max(errors.decoded), limits.simulation, STAGE),
+        Check("long_position", max(errors.tail), limits.simulation, STAGE),
+        Check("instrumented_vs_plain", errors.instrumented, limits.consistency, STAGE),
+        *_consistency(run, limits),
+    )
+    divergence = _divergence(errors, limits, tight)
+    stage = StageResult(STAGE, tight, local_errors=errors.all, divergence=divergence)
+    return EngineResult((*eager_checks(metrics, eager_limits(recipe), STAGE), *tight), metrics, stage)
+
+
+def _against_eager(run: EngineRun, reference: Expectation, inputs: ParityInputs) -> LogitMetrics:
+    """Over every scored position but the tail, whose context differs from the others' by length alone."""
+    scored = scored_positions(inputs)
+    head = slice(0, len(run.logits) - len(scored[-1].positions))
+    exact = columns(reference.model, reference.final[head])
+    return compare_logits(exact, column_blocks(run.logits[head], reference.model), targets(inputs, scored)[head])
+
+
+def _consistency(run: EngineRun, limits: EngineLimits) -> tuple[Check, ...]:
+    limit = limits.consistency
+    if run.ragged is None:
+        ragged = Check("ragged_batch_vs_single", None, None, STAGE, "the engine is built for one row")
+    else:
+        ragged = Check("ragged_batch_vs_single", run.ragged, limit, STAGE)
+    return (
+        Check("chunked_vs_prefill", run.chunked, limit, STAGE),
+        Check("prefix_reuse", run.prefix_reuse, limit, STAGE),
+        ragged,
+    )
+
+
+def _divergence(errors: LayerwiseErrors, limits: EngineLimits, checks: tuple[Check, ...]) -> Divergence | None:
+    """The first slice that is not what the simulation makes of the engine's own input. If all are, and a check still
+    fails, the way through the cache is at fault."""
+    last = len(errors.all) - 1
+    for index, several in enumerate(zip(errors.all, errors.decoded, errors.tail, strict=True)):
+        if all(within(error, limits.simulation) for error in several):
+            continue
+        worst = next((error for error in several if not np.isfinite(error)), max(several))
+        if index in (0, last):
+            part, operator = ("embedding", "Gather") if index == 0 else ("head", "MatMul")
+            return Divergence(STAGE, None, operator, worst, part)
+        return Divergence(STAGE, index - 1, None, worst)
+    failed = [check for check in checks if not check.passed]
+    if failed and failed[0].value is not None:
+        return Divergence(STAGE, None, None, failed[0].value, "cache", note=f"{failed[0].name} alone is off")
+    return None

@@ -1,0 +1,144 @@
+"""An engine held to its simulation slice by slice, each slice given the engine's own input.
+
+Where activations are rounded to int8, two faithful computations part ways: a sum that differs in its last bit flips
+a code, the flip flips others further down, and logits end up apart by as much as the rounding itself costs. Given the
+engine's own hidden states at every layer boundary, the simulation has nothing to diverge from: what is left between
+the two is the kernels' arithmetic, and a fault is seen in the very layer that has it.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import IO, Self
+
+import numpy as np
+
+from exporter.parity.engine_run import OpenRunner, SingleRow
+from exporter.parity.inputs import ParityInputs
+from exporter.parity.metrics import ErrorSums, relative_l2_error
+from exporter.parity.reference import EagerModel
+from exporter.parity.scoring import Advance, Scored, column_blocks, columns, scored_positions
+
+
+@dataclass(frozen=True)
+class LayerwiseErrors:
+    """Relative L2 of each slice's output (embedding, layers, head), the engine against its simulation.
+
+    `all` over every position of every row; `decoded` over positions that went through the cache one at a time;
+    `tail` over the last positions of a full cache. `instrumented`: logits of the engine that shows its hidden
+    states against those of the plain one.
+    """
+
+    all: tuple[float, ...]
+    decoded: tuple[float, ...]
+    tail: tuple[float, ...]
+    instrumented: float
+
+
+def layerwise_errors(
+    open_runner: OpenRunner, plain_logits: np.ndarray, simulation: EagerModel, inputs: ParityInputs, advance: Advance
+) -> LayerwiseErrors:
+    """Run the engine over all scored rows with its hidden states shown, then the simulation from each of them."""
+    config, scored = simulation.config, scored_positions(inputs)
+    with HiddenStates(config.num_layers + 1, config.hidden_size) as states:
+        logits = _instrumented(open_runner, scored, inputs, states, advance)
+        sums = _Sums(inputs, scored)
+        rows = [inputs.rows[each.row][: each.positions[-1] + 1] for each in scored]
+        sums.add(simulation.embed(rows), list(states.read(0, rows)))
+        for index in range(config.num_layers):
+            advance(0.5 + 0.5 * index / (config.num_layers + 1), f"simulation, layer {index} of {config.num_layers}")
+            layer = simulation.layer(index)
+            before, after = states.read(index, rows), states.read(index + 1, rows)
+            sums.add((layer.run(row).hidden for row in before), after)
+            del layer
+        final = [row[each.positions] for row, each in zip(states.read(config.num_layers, rows), scored, strict=True)]
+    head = _head_errors(simulation, final, logits)
+    return LayerwiseErrors(
+        (*sums.all, head[0]),
+        (*sums.decoded, head[1]),
+        (*sums.tail, head[2]),
+        relative_l2_error(plain_logits, logits),
+    )
+
+
+def _instrumented(
+    open_runner: OpenRunner, scored: Sequence[Scored], inputs: ParityInputs, states: "HiddenStates", advance: Advance
+) -> np.ndarray:
+    """Logits [R, V] at the scored positions; hidden states go to `states`, row after row."""
+    with open_runner(1, True) as runner:
+        row = SingleRow(runner, inputs, states.append)
+        logits = []
+        for index, each in enumerate(scored):
+            advance(0.5 * index / len(scored), f"engine with hidden states, {each.group} row")
+            logits.append(row.teacher_forced(each))
+    return np.concatenate(logits)
+
+
+class HiddenStates:
+    """The residual stream of many positions at every layer boundary, in temporary files: too much for memory where
+    rows are long."""
+
+    def __init__(self, boundaries: int, width: int) -> None:
+        self._width = width
+        self._boundaries = boundaries
+        self._stack = ExitStack()
+        self._files: list[IO[bytes]] = []
+
+    def __enter__(self) -> Self:
+        for _ in range(self._boundaries):
+            self._files.append(self._stack.enter_context(tempfile.TemporaryFile()))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def append(self, hidden: list[np.ndarray]) -> None:
+        """One call's states: for each boundary [1, S, H]."""
+        for file, state in zip(self._files, hidden, strict=True):
+            file.seek(0, 2)
+            file.write(np.ascontiguousarray(state[0], np.float32).data)
+
+    def read(self, boundary: int, rows: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """The states [S, H] of one boundary, row by row in the order they were appended."""
+        position = 0
+        for row in rows:
+            out = np.empty((len(row), self._width), np.float32)
+            self._files[boundary].seek(position)
+            if self._files[boundary].readinto(out.data.cast("B")) != out.nbytes:  # type: ignore[attr-defined]
+                raise ValueError(f"the engine showed fewer than {len(row)} positions at boundary {boundary}")
+            position += out.nbytes
+            yield out
+
+
+class _Sums:
+    """Errors of one slice after another, over all positions, decoded ones, and the tail."""
+
+    def __init__(self, inputs: ParityInputs, scored: Sequence[Scored]) -> None:
+        self._scored = scored
+        self.all: list[float] = []
+        self.decoded: list[float] = []
+        self.tail: list[float] = []
+
+    def add(
+        self, expected: "Iterator[np.ndarray] | list[np.ndarray]", found: "Iterator[np.ndarray] | list[np.ndarray]"
+    ) -> None:
+        every, decoded, tail = ErrorSums(), ErrorSums(), ErrorSums()
+        for each, exact, shown in zip(self._scored, expected, found, strict=True):
+            every.add(exact, shown)
+            steps = each.positions[1:]
+            (tail if each.group == "tail" else decoded).add(exact[steps], shown[steps])
+        for values, sums in zip((self.all, self.decoded, self.tail), (every, decoded, tail), strict=True):
+            values.append(sums.value)
+
+
+def _head_errors(simulation: EagerModel, final: list[np.ndarray], logits: np.ndarray) -> tuple[float, float, float]:
+    """The head from the engine's own last hidden states: over all scored positions, all but the tail, the tail."""
+    every, decoded, tail = ErrorSums(), ErrorSums(), ErrorSums()
+    split = len(logits) - len(final[-1])
+    exact = columns(simulation, np.concatenate(final))
+    for expected, found in zip(exact, column_blocks(logits, simulation), strict=True):
+        every.add(expected, found)
+        decoded.add(expected[:split], found[:split])
+        tail.add(expected[split:], found[split:])
+    return every.value, decoded.value, tail.value

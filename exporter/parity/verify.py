@@ -1,0 +1,172 @@
+"""Entry points: verify a build (its graphs, then its engine), or an engine alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.weight_rows import WeightRows
+from exporter.core.canonical import CanonicalModel
+from exporter.core.checkpoint import Checkpoint
+from exporter.core.progress import Progress
+from exporter.core.recipe import Recipe
+from exporter.core.traced import TracedModel
+from exporter.parity.engine import EngineResult, verify_engine
+from exporter.parity.inputs import ParityInputs, ParityPlan, parity_inputs, read_text
+from exporter.parity.metrics import relative_l2_error
+from exporter.parity.reference import EagerModel
+from exporter.parity.report import Divergence, Proof, StageResult, VerifyReport
+from exporter.parity.scoring import Advance, Expectation, expect
+from exporter.parity.stages import StageResults, verify_stages
+from exporter.parity.weight_values import RecipeValues, WeightPrecisions
+from targets.base import Limits, RowReader, Runner, RunOptions, Target
+
+
+@dataclass(frozen=True)
+class EngineUnderTest:
+    """A built engine and what it was built from. `text`: a file to measure on instead of the built-in sample."""
+
+    target: Target
+    directory: Path
+    checkpoint: Checkpoint
+    recipe: Recipe
+    limits: Limits
+    text: Path | None = None
+    threads: int = 0
+    plan: ParityPlan | None = None
+
+    def open(self, batch: int, hidden_states: bool) -> Runner:
+        """A runner on the engine with the whole cache it was built for."""
+        options = RunOptions(self.threads, batch, self.limits.max_seq_len, hidden_states)
+        return self.target.runner(self.directory, self.checkpoint.config, self.limits, options)
+
+    def inputs(self) -> ParityInputs:
+        text = read_text(self.text) if self.text else None
+        checkpoint = self.checkpoint
+        return parity_inputs(checkpoint.path, checkpoint.config, self.limits.max_seq_len, text, self.plan)
+
+    @property
+    def built_by(self) -> str:
+        return f"{self.target.name} {self.target.versions().get(self.target.name, '')}".strip()
+
+
+def verify_build(
+    engine: EngineUnderTest,
+    traced: TracedModel,
+    fused: CanonicalModel,
+    quantized: CanonicalModel,
+    rows: RowReader,
+    progress: Progress,
+) -> VerifyReport:
+    """Hold every stage's graphs to eager, then the engine. Raises ParityError, with the report, if a gate fails.
+
+    `rows` is the reader that the engine was built with. A failed stage ends the verification there.
+    """
+    inputs = engine.inputs()
+    stages = verify_stages(
+        engine.checkpoint, traced, fused, quantized, rows, engine.recipe, inputs, _part(progress, 0.0, 0.5)
+    )
+    if not stages.passed or stages.reference is None:
+        report = _report(engine, inputs, stages)
+    else:
+        simulation = _simulation(engine, stages.reference.model, rows)
+        result = _run(engine, stages.reference, simulation, inputs, _part(progress, 0.5, 1.0))
+        report = _report(engine, inputs, stages, result)
+    report.require_passed()
+    return report
+
+
+def verify_artifact(engine: EngineUnderTest, progress: Progress) -> VerifyReport:
+    """Hold an engine to eager and to a simulation made from the checkpoint anew; nothing is traced.
+
+    Returns the report, passed or not; `require_passed` raises. What graphs the engine came from is not looked at.
+    """
+    inputs = engine.inputs()
+    reference = expect(EagerModel(engine.checkpoint), inputs, _part(progress, 0.0, 0.4))
+    simulation = _simulation(engine, reference.model, WeightRows(engine.checkpoint))
+    result = _run(engine, reference, simulation, inputs, _part(progress, 0.4, 0.9))
+    if result.passed or not result.faithful:
+        return _report(engine, inputs, None, result)
+    # The recipe is to blame: where, takes another walk, so it is done only now.
+    rounded = expect(simulation, inputs, _part(progress, 0.9, 1.0))
+    return _report(engine, inputs, None, result, _recipe_errors(reference, rounded))
+
+
+def _simulation(engine: EngineUnderTest, reference: EagerModel, rows: RowReader) -> EagerModel:
+    """The eager model with the recipe's weights; the reference itself where the recipe changes none."""
+    precisions = WeightPrecisions.from_recipe(engine.recipe, engine.checkpoint.config)
+    if precisions.lossless:
+        return reference
+    integer = engine.target.integer_activations and precisions.has_integers
+    return EagerModel(engine.checkpoint, RecipeValues(rows, precisions), integer_activations=integer)
+
+
+def _run(
+    engine: EngineUnderTest, reference: Expectation, simulation: EagerModel, inputs: ParityInputs, advance: Advance
+) -> EngineResult:
+    return verify_engine(engine.open, reference, simulation, inputs, engine.recipe, engine.limits.max_batch, advance)
+
+
+def _recipe_errors(reference: Expectation, simulation: Expectation) -> list[float]:
+    """Relative L2 of the simulation's residual stream to eager's at every boundary."""
+    pairs = zip(reference.probe, simulation.probe, strict=True)
+    return [relative_l2_error(exact, rounded) for exact, rounded in pairs]
+
+
+def _report(
+    engine: EngineUnderTest,
+    inputs: ParityInputs,
+    stages: StageResults | None,
+    result: EngineResult | None = None,
+    recipe_errors: list[float] | None = None,
+) -> VerifyReport:
+    shown: tuple[StageResult, ...] = stages.stages if stages else ()
+    if recipe_errors:
+        shown = (*shown, StageResult("quantize", layer_errors=tuple(recipe_errors)))
+    if result:
+        shown = (*shown, result.stage)
+    failed = next((stage for stage in shown if not stage.passed), None)
+    checks = result.checks if result else (failed.checks if failed else ())
+    return VerifyReport(
+        target=engine.target.name,
+        recipe=engine.recipe.name,
+        perplexity_reference=result.metrics.perplexity_reference if result else np.nan,
+        perplexity_engine=result.metrics.perplexity if result else np.nan,
+        checks=checks,
+        proof=Proof(stages.passed if stages else None, engine.built_by, True if result else None),
+        stages=shown,
+        first_divergence=_first(stages, result, recipe_errors),
+        positions=result.metrics.positions if result else 0,
+        facts=_facts(engine, inputs),
+    )
+
+
+def _first(
+    stages: StageResults | None, result: EngineResult | None, recipe_errors: list[float] | None
+) -> Divergence | None:
+    """Of the earliest stage. An engine that equals its simulation and still misses eager's limits lost it to the
+    recipe: the layer that adds most to the error is named."""
+    if stages and stages.first_divergence:
+        return stages.first_divergence
+    if recipe_errors:
+        layer = int(np.argmax(np.diff(np.square(recipe_errors))))
+        note = "the engine equals its simulation: the recipe loses too much, most of it in this layer"
+        return Divergence("quantize", layer, None, recipe_errors[layer + 1], note=note)
+    return result.stage.divergence if result else None
+
+
+def _facts(engine: EngineUnderTest, inputs: ParityInputs) -> dict[str, Any]:
+    return {
+        "prefill_tokens": inputs.prefill,
+        "decode_steps": inputs.decode,
+        "ragged_lengths": list(inputs.ragged_prompts),
+        "longest_row": len(inputs.long_row),
+        "max_batch": engine.limits.max_batch,
+        "text": engine.text.name if engine.text else "built-in sample",
+    }
+
+
+def _part(progress: Progress, start: float, stop: float) -> Advance:
+    """Progress within a part of the whole."""
+    return lambda fraction, detail: progress.advance(start + (stop - start) * fraction, detail)
