@@ -1,6 +1,7 @@
 """Small edits on a slice's graph that several passes share."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -31,6 +32,16 @@ def add_input(graph: ir.Graph, name: str, shape: Sequence[int | str], dtype: ir.
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
     graph.inputs.append(value)
     return value
+
+
+def new_node(
+    kind: str, inputs: Sequence[ir.Value | None], outputs: Sequence[str], attributes: dict[str, Any] | None = None
+) -> ir.Node:
+    """A node whose outputs are named here: an automatic name might be that of another value in the raw graph."""
+    node = ir.node(kind, inputs, attributes=attributes or {}, num_outputs=len(outputs))
+    for value, name in zip(node.outputs, outputs, strict=True):
+        value.name = name
+    return node
 
 
 def find_input(graph: ir.Graph, name: str) -> ir.Value | None:

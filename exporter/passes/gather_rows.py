@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from exporter.core.canonical import Slice
-from exporter.passes.editing import INT64, add_constant, add_input, find_input
+from exporter.passes.editing import INT64, add_constant, add_input, find_input, new_node
 from exporter.passes.rule import Context, Outcome
 
 
@@ -21,8 +21,9 @@ def gather_rows(piece: Slice, context: Context) -> Outcome:
         return Outcome(0, f"{odd.op_type} {odd.outputs[0].name!r} may mix rows")
     uses = tuple(hidden.uses())
     rows = add_input(graph, "rows", ["R"], INT64)
-    flat = ir.node("Reshape", [hidden, add_constant(graph, "flat", [-1, context.config.hidden_size])])
-    chosen = ir.node("Gather", [flat.outputs[0], rows], attributes={"axis": 0})
+    target = add_constant(graph, "flat_shape", [-1, context.config.hidden_size])
+    flat = new_node("Reshape", [hidden, target], ["flat_hidden"])
+    chosen = new_node("Gather", [flat.outputs[0], rows], ["row_hidden"], {"axis": 0})
     graph.insert_before(graph[0], [flat, chosen])
     for node, index in uses:
         node.replace_input_with(index, chosen.outputs[0])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from exporter.core.canonical import CheckpointWeight, Slice
-from exporter.passes.editing import add_constant, add_input, find_input, take_over
+from exporter.passes.editing import add_constant, add_input, find_input, new_node, take_over
 from exporter.passes.rule import Context, Outcome
 
 
@@ -88,17 +88,14 @@ def _only_user(value: ir.Value | None, kind: str) -> ir.Node | None:
 def _replace(graph: ir.Graph, linears: list[Linear], packed: str) -> None:
     widths = [linear.shape[0] for linear in linears]
     weight = add_input(graph, f"{packed}.weight", [sum(widths), linears[0].shape[1]])
-    transpose = ir.node("Transpose", [weight], attributes={"perm": [1, 0]})
-    product = ir.node("MatMul", [linears[0].x, transpose.outputs[0]])
-    nodes = [transpose, product]
+    transpose = new_node("Transpose", [weight], [f"{packed}.transposed"], {"perm": [1, 0]})
+    nodes = [transpose, new_node("MatMul", [linears[0].x, transpose.outputs[0]], [f"{packed}.product"])]
     if linears[0].bias is not None:
-        nodes.append(ir.node("Add", [product.outputs[0], add_input(graph, f"{packed}.bias", [sum(widths)])]))
-    split = ir.node(
-        "Split",
-        [nodes[-1].outputs[0], add_constant(graph, f"{packed}_widths", widths)],
-        attributes={"axis": -1},
-        num_outputs=len(widths),
-    )
+        bias = add_input(graph, f"{packed}.bias", [sum(widths)])
+        nodes.append(new_node("Add", [nodes[-1].outputs[0], bias], [f"{packed}.sum"]))
+    bounds = add_constant(graph, f"{packed}_widths", widths)
+    parts = [linear.output.name or "" for linear in linears]
+    split = new_node("Split", [nodes[-1].outputs[0], bounds], parts, {"axis": -1})
     order = {node: i for i, node in enumerate(graph)}
     first = min(
         (node for linear in linears for node in linear.nodes if node.op_type == "MatMul"), key=order.__getitem__

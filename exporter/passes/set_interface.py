@@ -11,7 +11,7 @@ VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 
 
 def set_interface(piece: Slice, context: Context) -> Outcome:
-    """Order inputs, weights after activations and by first use; drop unused constants; forget inner shapes.
+    """Order inputs, weights after activations and by first use; drop unused constants; forget inner shapes and notes.
 
     The vocabulary's size is written V: embedding and head run with any number of rows.
     """
@@ -28,6 +28,8 @@ def set_interface(piece: Slice, context: Context) -> Outcome:
     for value in weights:
         if value.name in VOCABULARY and value.shape is not None:
             value.shape = ir.Shape(["V", *list(value.shape)[1:]])
+    for node in graph:
+        node.metadata_props.clear()
     for value in [*graph.outputs, *(value for node in graph for value in node.outputs)]:
         value.shape = None
     piece.weights = {value.name: piece.weights[value.name] for value in weights if value.name in piece.weights}

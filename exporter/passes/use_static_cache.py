@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from exporter.core.canonical import Slice
-from exporter.passes.editing import INT64, add_constant, add_input, find_input, take_over
+from exporter.passes.editing import INT64, add_constant, add_input, find_input, new_node, take_over
 from exporter.passes.rule import Context, Outcome
 
 
@@ -26,7 +26,7 @@ def use_static_cache(piece: Slice, context: Context) -> Outcome:
     assert mask is not None
     write = add_input(graph, "write_indices", ["B"], INT64)
     lengths = add_input(graph, "nonpad_kv_seqlen", ["B"], INT64)
-    longest = ir.node("ReduceMax", [lengths], attributes={"keepdims": 1})
+    longest = new_node("ReduceMax", [lengths], ["longest"], {"keepdims": 1})
     graph.insert_before(nodes[0], longest)
     bounds = [add_constant(graph, "slice_start", [0]), longest.outputs[0], add_constant(graph, "slice_axis", [2])]
     live = [_scatter(graph, join, write, bounds) for join in joins if not isinstance(join, str)]
@@ -64,8 +64,9 @@ def _scatter(graph: ir.Graph, join: ir.Node, write: ir.Value, bounds: list[ir.Va
     past, new = join.inputs
     assert past is not None and past.shape is not None
     past.shape = ir.Shape([past.shape[0], past.shape[1], "M", past.shape[3]])
-    scatter = ir.node("TensorScatter", [past, new, write], attributes={"axis": -2})
-    live = ir.node("Slice", [scatter.outputs[0], *bounds])
+    written = join.outputs[0].name or ""
+    scatter = new_node("TensorScatter", [past, new, write], [written], {"axis": -2})
+    live = new_node("Slice", [scatter.outputs[0], *bounds], [written.replace("present", "live")])
     graph.insert_after(join, [scatter])
     take_over(scatter.outputs[0], join.outputs[0])
     attention = next(node for node, _ in scatter.outputs[0].uses() if node.op_type == "Attention")

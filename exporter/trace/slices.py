@@ -2,7 +2,7 @@
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, LiftConstantsToInitializersPass
 
 from exporter.core.canonical import OPSET, CheckpointWeight, Slice, Weight
 from exporter.core.config import ModelConfig
@@ -23,6 +23,8 @@ def cut(whole: ir.Model, config: ModelConfig, layers: int, frequencies: np.ndarr
     Raises UnsupportedError (`trace.boundary`, `trace.weights`) when a slice needs a value from beyond its
     boundary, or other weights than the config promises.
     """
+    # Tracers note stack traces, with paths of this machine, on every node and value.
+    ClearMetadataAndDocStringPass()(whole)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(whole)
     convert_opset(whole, OPSET)
     cuts = _cuts(whole.graph, layers)

@@ -152,3 +152,11 @@ def test_configs_of_every_age_are_traced(changes: dict[str, object]) -> None:
     assert frequencies is not None
     expected = config.rope.inverse_frequencies(config.head_dim)
     assert np.allclose(frequencies.numpy(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_structures_tell_nothing_of_the_machine_that_traced_them(tracer: str) -> None:
+    for piece in traced_model(tiny_config(), tracer).slices:
+        written = ir.to_proto(piece.structure).SerializeToString()
+        assert b".py" not in written
+        assert b"site-packages" not in written
