@@ -25,7 +25,7 @@ def build(
     force: bool = False,
     tracer: str = "torch-export",
     max_seq_len: int | None = None,
-    max_batch: int = 1,
+    max_batch: int = 4,
     group_size: int | None = None,
     lm_head: str | None = None,
     embedding: str | None = None,

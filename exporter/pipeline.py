@@ -120,16 +120,18 @@ def prepare(options: BuildOptions) -> Job:
 
 def make_graphs(job: Job, progress: Progress) -> Graphs:
     """Trace, fuse and apply the recipe; the checker runs on the result of both."""
-    from calibration.insert_precision import apply_recipe
-    from exporter.core.checker import check_canonical
-    from exporter.passes.pipeline import fuse
-    from exporter.trace.trace import trace
-
     with stage(progress, "trace"):
+        from exporter.trace.trace import trace
+
         traced = trace(job.config, job.options.tracer)
     with stage(progress, "fuse"):
+        from exporter.passes.pipeline import fuse
+
         fused = fuse(traced, job.config, job.limits.max_seq_len).model
     with stage(progress, "quantize"):
+        from calibration.insert_precision import apply_recipe
+        from exporter.core.checker import check_canonical
+
         quantized = apply_recipe(fused, job.recipe, job.config)
         check_canonical(quantized, job.config)
     return Graphs(traced, fused, quantized)
