@@ -190,10 +190,10 @@ def _table(columns: Cells, rows: Sequence[Cells]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Three significant digits; empty where there is no finite number."""
+    """A few significant digits; empty where there is no finite number."""
     if value is None or not math.isfinite(value):
         return ""
-    return f"{value:.4g}" if 0.1 <= abs(value) < 1e5 else f"{value:.2e}" if value else "0"
+    return f"{value:.4g}" if 1e-4 <= abs(value) < 1e5 else f"{value:.2e}" if value else "0"
 
 
 def _percent(value: float | None) -> str:
