@@ -33,7 +33,9 @@ def _row(engine: Path, against: Path, text: Path | None, threads: int) -> dict[s
     manifest = api.inspect(engine).manifest
     report = api.measure(engine, against=against, text=text, threads=threads).to_json()
     values = {check["name"]: check["value"] for check in report["checks"]}
-    speed = api.bench(engine, threads=threads)
+    longest = manifest.limits.max_seq_len
+    prompt, new = min(128, longest // 2), min(64, longest // 4)
+    speed = api.bench(engine, prompt_tokens=prompt, new_tokens=new, threads=threads)
     names = ("kl_divergence_mean", "kl_divergence_max", "top1_agreement", "perplexity_ratio", "relative_l2_error")
     return {
         "engine": str(engine),

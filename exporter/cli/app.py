@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from exporter.cli.output import Output, UsageError, run_guarded
+from exporter.cli.output import INTERRUPTED, Output, UsageError, run_guarded
 from exporter.core.errors import UnsupportedError
 
 app = typer.Typer(
@@ -83,6 +83,8 @@ def _invoke(arguments: list[str], output: Output) -> None:
         raise UsageError("usage", _message(error), f"see `{_help_command(arguments)}`") from error
     except typer.Abort:
         raise KeyboardInterrupt from None
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code without a word
+        raise KeyboardInterrupt
     if isinstance(code, int) and code:
         raise SystemExit(code)
 
