@@ -46,10 +46,10 @@ def render_html(report: VerifyReport, extra: Mapping[str, Any]) -> str:
         _verdict(report, manifest),
         _section("Parity", _parity(report)),
         _section("Error after each layer", error_plot(report.stages)),
-        _section("Stages", _stages(report)),
         _section("Size", _sizes(manifest)),
         _section("Speed", _speed(extra.get("bench") or {})),
         _section("What was proven", _proof(report, extra)),
+        _folded("Checks of the graphs, stage by stage", _stages(report)),
         _coverage(manifest),
     ]
     page = Template(files("exporter.parity").joinpath("page.html").read_text(encoding="utf-8"))
@@ -116,6 +116,8 @@ def _meter(check: Check) -> str:
 def _stages(report: VerifyReport) -> str:
     rows = []
     for stage in report.stages:
+        if stage.stage == "compile":
+            continue  # its checks are those of the parity table
         for check in stage.checks:
             row = _check_row(check)
             rows.append((escape(STAGE_NAMES.get(stage.stage, stage.stage)), *row[:3], row[4]))
@@ -168,10 +170,15 @@ def _coverage(manifest: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    table = _table(("tensor", "asked", "stored", "why not"), rows)
     covered = _percent(coverage.get("fraction"))
-    summary = f"<summary>Precision of every tensor ({covered} as asked)</summary>"
-    return f"<section><details>{summary}{table}</details></section>"
+    table = _table(("tensor", "asked", "stored", "why not"), rows)
+    return _folded(f"Precision of every tensor ({covered} as asked)", table)
+
+
+def _folded(title: str, content: str) -> str:
+    if not content:
+        return ""
+    return f"<section><details><summary>{escape(title)}</summary>{content}</details></section>"
 
 
 def _section(title: str, content: str) -> str:
@@ -193,7 +200,7 @@ def _number(value: float | None) -> str:
     """A few significant digits; empty where there is no finite number."""
     if value is None or not math.isfinite(value):
         return ""
-    return f"{value:.4g}" if 1e-4 <= abs(value) < 1e5 else f"{value:.2e}" if value else "0"
+    return f"{value:.5g}" if 1e-4 <= abs(value) < 1e5 else f"{value:.2e}" if value else "0"
 
 
 def _percent(value: float | None) -> str:
