@@ -25,7 +25,7 @@ def anchored_values(piece: Slice, modules: dict[str, np.ndarray]) -> dict[str, n
         if not isinstance(weight, CheckpointWeight) or not name.endswith(".weight"):
             continue
         value = inputs.get(name) or inputs.get(f"{name}.codes")
-        node = _consumer(value) if value is not None else None
+        node = consumer(value) if value is not None else None
         parts = [source.split(".", 3)[3].removesuffix(".weight") for source in weight.sources]
         if node is None or any(f"{part}.out" not in modules for part in parts):
             continue
@@ -35,7 +35,7 @@ def anchored_values(piece: Slice, modules: dict[str, np.ndarray]) -> dict[str, n
     return expected
 
 
-def _consumer(value: ir.Value) -> ir.Node | None:
+def consumer(value: ir.Value) -> ir.Node | None:
     """The node that combines a weight with activations."""
     while uses := list(value.uses()):
         node = uses[0].node

@@ -101,18 +101,28 @@ class SliceRunner:
 
     def logit_columns(self, piece: Slice, hidden: np.ndarray) -> Iterator[np.ndarray]:
         """Logits [R, C] over the vocabulary, in the blocks of `row_chunks`, for hidden [R, H]."""
+        for start, stop in row_chunks((self._config.vocab_size, self._config.hidden_size)):
+            logits = self._run_head(piece, hidden, (start, stop))["logits"]
+            yield logits.reshape(len(hidden), stop - start)
+
+    def head_value(self, piece: Slice, hidden: np.ndarray, name: str) -> np.ndarray:
+        """An inner value of the head that does not depend on the vocabulary, for hidden [R, H]."""
+        return self._run_head(piece, hidden, (0, 1), [name])[name]
+
+    def _run_head(
+        self, piece: Slice, hidden: np.ndarray, vocabulary: tuple[int, int], fetch: list[str] | None = None
+    ) -> Feeds:
+        """The head with some rows of the vocabulary."""
         compiled = self.compiled(piece)
         activations = {"hidden": hidden[None]}
         if any(value.name == "rows" for value in piece.structure.graph.inputs):
             activations["rows"] = np.arange(len(hidden), dtype=np.int64)
-        for start, stop in row_chunks((self._config.vocab_size, self._config.hidden_size)):
-            weights: Feeds = {}
-            for name, weight in piece.weights.items():
-                assert isinstance(weight, CheckpointWeight)
-                bounds = (start, stop) if name == "lm_head.weight" else (0, self._config.hidden_size)
-                weights |= self._entries(name, weight, *bounds)
-            logits = compiled.run(compiled.prepare(weights), activations)["logits"]
-            yield logits.reshape(len(hidden), stop - start)
+        weights: Feeds = {}
+        for name, weight in piece.weights.items():
+            assert isinstance(weight, CheckpointWeight)
+            bounds = vocabulary if name == "lm_head.weight" else (0, self._config.hidden_size)
+            weights |= self._entries(name, weight, *bounds)
+        return compiled.run(compiled.prepare(weights), activations, fetch)
 
     def _weights(self, piece: Slice, shared: Feeds) -> Feeds:
         feeds: Feeds = {}
@@ -148,10 +158,10 @@ class GraphLayer:
     def __init__(self, compiled: CompiledSlice, weights: Feeds, config: ModelConfig) -> None:
         self.compiled = compiled
         self.weights = weights
-        self._config = config
+        self.config = config
 
     def cache(self, batch: int, capacity: int) -> SliceCache:
-        return GrowingCache(self._config, batch) if self.compiled.raw else StaticCache(self._config, batch, capacity)
+        return GrowingCache(self.config, batch) if self.compiled.raw else StaticCache(self.config, batch, capacity)
 
     def filled_cache(self, key: np.ndarray, value: np.ndarray, capacity: int) -> SliceCache:
         """A cache of one row that already holds [Hkv, P, D]."""

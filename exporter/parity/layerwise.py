@@ -2,12 +2,17 @@
 
 Where activations are rounded to int8, two faithful computations part ways: a sum that differs in its last bit flips
 a code, the flip flips others further down, and logits end up apart by as much as the rounding itself costs. Given the
-engine's own hidden states at every layer boundary, the simulation has nothing to diverge from: what is left between
-the two is the kernels' arithmetic, and a fault is seen in the very layer that has it.
+engine's own hidden states at every layer boundary, that can only happen within a layer, and a fault is seen in the
+very layer that has it.
+
+What happens within a layer is measured: the simulation is run once more from hidden states disturbed by float32
+rounding. The square of how far it parts from itself is taken off the square of how far the engine parts from it. Both
+are sums over many elements, so a faithful engine is left with little, and a fault keeps its full size.
 """
 
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, Self
@@ -17,13 +22,17 @@ import numpy as np
 from exporter.parity.engine_run import OpenRunner, SingleRow
 from exporter.parity.inputs import ParityInputs
 from exporter.parity.metrics import ErrorSums, relative_l2_error
-from exporter.parity.reference import EagerModel
+from exporter.parity.reference import EagerLayer, EagerModel
 from exporter.parity.scoring import Advance, Scored, column_blocks, columns, scored_positions
+
+DISTURBANCE = 4e-7
+"""Relative; what one float32 layer differs by from the same layer in other kernels."""
 
 
 @dataclass(frozen=True)
 class LayerwiseErrors:
-    """Relative L2 of each slice's output (embedding, layers, head), the engine against its simulation.
+    """Relative L2 of each slice's output (embedding, layers, head), the engine against its simulation, less what the
+    simulation's own rounding explains (`flips`, zero where activations are not rounded).
 
     `all` over every position of every row; `decoded` over positions that went through the cache one at a time;
     `tail` over the last positions of a full cache. `instrumented`: logits of the engine that shows its hidden
@@ -34,6 +43,7 @@ class LayerwiseErrors:
     decoded: tuple[float, ...]
     tail: tuple[float, ...]
     instrumented: float
+    flips: tuple[float, ...]
 
 
 def layerwise_errors(
@@ -50,7 +60,8 @@ def layerwise_errors(
             advance(0.5 + 0.5 * index / (config.num_layers + 1), f"simulation, layer {index} of {config.num_layers}")
             layer = simulation.layer(index)
             before, after = states.read(index, rows), states.read(index + 1, rows)
-            sums.add((layer.run(row).hidden for row in before), after)
+            flips = _own_error(layer, states.read(index, rows), scored) if simulation.integer_activations else 0.0
+            sums.add((layer.run(row).hidden for row in before), after, flips)
             del layer
         final = [row[each.positions] for row, each in zip(states.read(config.num_layers, rows), scored, strict=True)]
     head = _head_errors(simulation, final, logits)
@@ -59,6 +70,7 @@ def layerwise_errors(
         (*sums.decoded, head[1]),
         (*sums.tail, head[2]),
         relative_l2_error(plain_logits, logits),
+        tuple(sums.flips),
     )
 
 
@@ -119,17 +131,32 @@ class _Sums:
         self.all: list[float] = []
         self.decoded: list[float] = []
         self.tail: list[float] = []
+        self.flips: list[float] = []
 
-    def add(
-        self, expected: "Iterator[np.ndarray] | list[np.ndarray]", found: "Iterator[np.ndarray] | list[np.ndarray]"
-    ) -> None:
+    def add(self, expected: Iterable[np.ndarray], found: Iterable[np.ndarray], flips: float = 0.0) -> None:
         every, decoded, tail = ErrorSums(), ErrorSums(), ErrorSums()
         for each, exact, shown in zip(self._scored, expected, found, strict=True):
             every.add(exact, shown)
             steps = each.positions[1:]
             (tail if each.group == "tail" else decoded).add(exact[steps], shown[steps])
         for values, sums in zip((self.all, self.decoded, self.tail), (every, decoded, tail), strict=True):
-            values.append(sums.value)
+            values.append(math.sqrt(max(0.0, sums.value**2 - flips**2)))
+        self.flips.append(flips)
+
+
+def _own_error(layer: EagerLayer, rows: Iterable[np.ndarray], scored: Sequence[Scored]) -> float:
+    """How far a layer of the simulation parts from itself when its input is disturbed by DISTURBANCE.
+
+    Over all rows but the long one, whose length would only repeat them.
+    """
+    generator = np.random.default_rng(0)
+    sums = ErrorSums()
+    for each, row in zip(scored, rows, strict=True):
+        if each.group == "tail":
+            continue
+        noise = generator.standard_normal(row.shape, np.float32) * np.float32(DISTURBANCE)
+        sums.add(layer.run(row).hidden, layer.run(row * (1 + noise)).hidden)
+    return sums.value
 
 
 def _head_errors(simulation: EagerModel, final: list[np.ndarray], logits: np.ndarray) -> tuple[float, float, float]:

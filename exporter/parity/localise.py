@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from exporter.core.canonical import Slice
 from exporter.parity.anchors import anchored_values
 from exporter.parity.graph_slice import Feeds, GraphLayer, SliceFailed
-from exporter.parity.limits import LOCAL_ERROR, within
+from exporter.parity.limits import local_error, within
 from exporter.parity.metrics import relative_l2_error
 from exporter.parity.reference import EagerLayer
 from exporter.parity.report import Divergence
@@ -113,12 +113,13 @@ def _compare(
         fetch = _PartialRun(layer.compiled.body, feeds)
     equal: set[str] = set()
     errors = {name: _aligned_error(expected[name], fetch, name) for name in order}
+    limit = local_error(layer.config)
     for name, error in errors.items():
-        if within(error, LOCAL_ERROR):
+        if within(error, limit):
             equal.add(name)
             continue
         path = _suspects(layer, name, equal)
-        operator = _operator(path, errors)
+        operator = _operator(path, errors, limit)
         return replace(found, operator=operator.op_type, value=name, suspects=tuple(n.op_type for n in path))
     return None
 
@@ -177,14 +178,14 @@ def _upstream(node: ir.Node, producers: Mapping[str, ir.Node], equal: set[str]) 
             yield producers[name]
 
 
-def _operator(path: list[ir.Node], errors: Mapping[str, float]) -> ir.Node:
+def _operator(path: list[ir.Node], errors: Mapping[str, float], limit: float) -> ir.Node:
     """The last suspect, or what stands before it if it only moves data.
 
     A Split is to blame itself when it yields other shapes than expected, or when a sibling output is right.
     """
     first = path[0]
     outputs = [errors[value.name] for value in first.outputs if value.name is not None and value.name in errors]
-    if first.op_type == "Split" and (np.isinf(max(outputs)) or within(min(outputs), LOCAL_ERROR)):
+    if first.op_type == "Split" and (np.isinf(max(outputs)) or within(min(outputs), limit)):
         return first
     return next((node for node in path if node.op_type not in LAYOUT), first)
 

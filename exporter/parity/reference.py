@@ -93,7 +93,10 @@ class EagerModel:
 
     def logit_columns(self, hidden: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
         """(start, stop, logits [R, stop - start]) over the vocabulary, for hidden [R, H] leaving the last layer."""
-        x = self._head_input(hidden)
+        x = torch.from_numpy(self.normalise(hidden))
+        group = self.values.precision("head", self.config.head_source).group_size
+        if self.integer_activations and group:
+            x = quantize_activations(x, group)
         name = self.config.head_source
         for start, stop in self.column_ranges:
             weight = torch.from_numpy(self.values.read("head", name, start, stop))
@@ -109,12 +112,12 @@ class EagerModel:
         return np.concatenate([columns for _, _, columns in self.logit_columns(hidden)], axis=1)
 
     @torch.inference_mode()
-    def _head_input(self, hidden: np.ndarray) -> torch.Tensor:
+    def normalise(self, hidden: np.ndarray) -> np.ndarray:
+        """The final norm of hidden states [R, H]: what the head multiplies."""
         norm = LlamaRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
         norm.weight.copy_(torch.from_numpy(self._tensor("head", "model.norm.weight", (self.config.hidden_size,))))
-        x = norm(torch.from_numpy(np.ascontiguousarray(hidden)))
-        group = self.values.precision("head", self.config.head_source).group_size
-        return quantize_activations(x, group) if self.integer_activations and group else x
+        normed: np.ndarray = norm(torch.from_numpy(np.ascontiguousarray(hidden))).numpy()
+        return normed
 
     def _round_inputs(self, module: torch.nn.Module, prefix: str) -> None:
         for name, child in module.named_modules():

@@ -9,12 +9,13 @@ from exporter.core.canonical import CanonicalModel, Slice
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.recipe import Recipe
 from exporter.parity.graph_slice import GraphLayer, SliceFailed, SliceRunner
+from exporter.parity.head_check import faulty_operator
 from exporter.parity.inputs import ParityInputs
 from exporter.parity.limits import FP32, eager_limits
 from exporter.parity.localise import Evidence, Suspect, localise
 from exporter.parity.reference import EagerLayer, EagerModel
 from exporter.parity.report import Divergence, StageResult
-from exporter.parity.scoring import Advance, Expectation, Recorder
+from exporter.parity.scoring import Advance, Expectation, Recorder, columns, take
 from exporter.parity.track import EagerStep, SlicedModel, StageTrack
 from exporter.parity.weight_values import RecipeValues, WeightPrecisions
 from targets.base import RowReader
@@ -72,7 +73,8 @@ def verify_stages(
         limits = eager_limits(recipe)
         tracks.append(StageTrack("quantize", quantized, runner, rounded, limits, inputs, lossless=False))
     expectation = _StageRun(reference, tracks, inputs, advance).run()
-    return StageResults(tuple(track.result() for track in tracks if track.started), expectation)
+    faulty = next((i for i, track in enumerate(tracks) if not track.going), len(tracks))
+    return StageResults(tuple(track.result() for track in tracks[: faulty + 1]), expectation)
 
 
 class _StageRun:
@@ -88,10 +90,7 @@ class _StageRun:
         recorder = Recorder(self.reference, self.inputs)
         hidden = self.reference.embed(self.inputs.rows)
         recorder.record(hidden)
-        for track in self.tracks:
-            track.embed(hidden)
-            if not track.going:
-                break
+        self._embed(hidden)
         for index in range(layers):
             if not self._going():
                 return None
@@ -99,9 +98,40 @@ class _StageRun:
             hidden = self._layer(index, hidden)
             recorder.record(hidden)
         self.advance(layers / (layers + 1), "stages, head")
-        for track in self._going():
-            track.finish(self.reference, hidden)
+        self._head(hidden)
         return recorder.expectation()
+
+    def _embed(self, hidden: list[np.ndarray]) -> None:
+        for track in self.tracks:
+            try:
+                track.embed(hidden)
+            except SliceFailed as error:
+                track.fail(None, str(error), "embedding")
+            if track.divergence is not None:
+                track.divergence = replace(track.divergence, operator="Gather")
+                return
+
+    def _head(self, hidden: list[np.ndarray]) -> None:
+        tracks = self._going()
+        if not tracks:
+            return
+        exact = take(hidden, tracks[0].inputs_scored)
+        checks = {track.stage: track.head_check(hidden, self.reference) for track in tracks}
+        for block in columns(self.reference, exact):
+            for track in self._going():
+                try:
+                    checks[track.stage].block(block)
+                except SliceFailed as error:
+                    track.fail(None, str(error), "head")
+        for track in self._going():
+            track.finish(checks[track.stage])
+            if track.divergence is not None:
+                self._blame_head(track, exact)
+
+    def _blame_head(self, track: StageTrack, exact: np.ndarray) -> None:
+        found = faulty_operator(track.runner, track.model.head, exact, track.expected.normalise(exact))
+        if found is not None and track.divergence is not None:
+            track.divergence = replace(track.divergence, operator=found[0], value=found[1])
 
     def _going(self) -> list[StageTrack]:
         """The stages before the first that diverged."""

@@ -6,7 +6,7 @@ local reference is the eager layer with the recipe's rounded weights: a lossless
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,16 +14,14 @@ import numpy as np
 
 from exporter.core.canonical import Slice
 from exporter.parity.graph_slice import GraphLayer, SliceRunner
+from exporter.parity.head_check import HeadCheck
 from exporter.parity.inputs import ParityInputs
-from exporter.parity.limits import CHAINED_ERROR, LOCAL_ERROR, EagerLimits, within
+from exporter.parity.limits import CHAINED_ERROR, EagerLimits, local_error, within
 from exporter.parity.metrics import ErrorSums, LogitMetrics, relative_l2_error
 from exporter.parity.reference import EagerLayer, EagerModel, LayerOutput
 from exporter.parity.report import Check, Divergence, StageResult, eager_checks
 from exporter.parity.schedule import Step, main_steps, ragged_steps
-from exporter.parity.scoring import columns, compare_logits, scored_positions, take, targets
-
-LOCAL_ROWS = 16
-"""Positions whose logits are compared for the head alone."""
+from exporter.parity.scoring import Scored, scored_positions, take, targets
 
 
 class SlicedModel(Protocol):
@@ -69,6 +67,7 @@ class StageTrack:
     ) -> None:
         self.stage, self.model, self.runner, self.expected = stage, model, runner, expected
         self.limits, self.inputs, self.lossless = limits, inputs, lossless
+        self.local_limit = local_error(expected.config)
         plan = inputs.plan
         self.main_steps = main_steps(inputs.prefill, inputs.decode, plan.single_steps, plan.chunk)
         self.ragged_steps = ragged_steps(inputs.ragged_prompts, inputs.ragged_steps)
@@ -102,30 +101,31 @@ class StageTrack:
         ]
         self._record_chained(self._own([out.hidden for out in step.after]), step.index)
 
-    def finish(self, reference: EagerModel, hidden: list[np.ndarray]) -> None:
-        """The head: logits of the chained hidden states against the reference's, and of equal ones locally."""
-        scored = [each for each in scored_positions(self.inputs) if each.group != "tail"]
-        exact = take(hidden, scored)
-        probe = exact[-LOCAL_ROWS:]
-        local = ErrorSums()
-        blocks = zip(columns(self.expected, probe), self._logits(probe), strict=True)
-        for expected, found in blocks:
-            local.add(expected, found)
-        self._record_local(local.value, None, "head")
-        own = take(self._hidden, scored)
-        self.metrics = compare_logits(columns(reference, exact), self._logits(own), targets(self.inputs, scored))
-
-    def fail(self, index: int, why: str) -> None:
-        """The slice of a layer could not be run at all."""
-        self.local_errors.append(math.inf)
-        self.divergence = self.divergence or Divergence(self.stage, index, None, math.inf, note=why)
+    def head_check(self, hidden: list[np.ndarray], reference: EagerModel) -> HeadCheck:
+        """The check of the head, to be fed with the reference's logits of `head_positions`; then `finish`."""
+        scored = self.inputs_scored
+        expected = None if self.expected is reference else self.expected
+        following = targets(self.inputs, scored)
+        return HeadCheck(
+            self.runner, self.model.head, take(self._hidden, scored), take(hidden, scored), expected, following
+        )
 
     @property
-    def started(self) -> bool:
-        return bool(self.local_errors)
+    def inputs_scored(self) -> list[Scored]:
+        """The positions whose logits are compared: those of the rows that a stage runs as a whole."""
+        return [each for each in scored_positions(self.inputs) if each.group != "tail"]
+
+    def finish(self, check: HeadCheck) -> None:
+        self.metrics = check.metrics
+        self._record_local(check.local_error, None, "head")
+
+    def fail(self, index: int | None, why: str, part: str = "layer") -> None:
+        """A slice could not be run at all."""
+        self.local_errors.append(math.inf)
+        self.divergence = self.divergence or Divergence(self.stage, index, None, math.inf, part, note=why)
 
     def result(self) -> StageResult:
-        checks = [Check("local_error", max(self.local_errors, default=None), LOCAL_ERROR, self.stage)]
+        checks = [Check("local_error", max(self.local_errors, default=None), self.local_limit, self.stage)]
         if self.lossless:
             checks.append(Check("hidden_error", max(self.layer_errors, default=None), CHAINED_ERROR, self.stage))
         if self.metrics is not None:
@@ -133,9 +133,6 @@ class StageTrack:
         return StageResult(
             self.stage, tuple(checks), tuple(self.layer_errors), tuple(self.local_errors), self.divergence
         )
-
-    def _logits(self, hidden: np.ndarray) -> Iterator[np.ndarray]:
-        return self.runner.logit_columns(self.model.head, hidden)
 
     @property
     def _ragged_capacity(self) -> int:
@@ -161,15 +158,18 @@ class StageTrack:
         past = (eager.keys[:, :start], eager.values[:, :start])
         if local is not step.layer:
             eager = local.run(long_row[start:], past)
+        # The keys and values before are the same array on both sides.
         tail = layer.filled_cache(*past, len(long_row))
         found = layer.run([long_row], [Step.single(start, self.inputs.tail)], tail)
-        exact = LayerOutput(eager.hidden[-self.inputs.tail :], eager.keys, eager.values)
-        _add(sums, exact, LayerOutput(found[0][start:], *tail.held(0, len(long_row))))
+        new = slice(start, None)
+        exact = LayerOutput(eager.hidden[-self.inputs.tail :], eager.keys[:, new], eager.values[:, new])
+        keys, values = tail.held(0, len(long_row))
+        _add(sums, exact, LayerOutput(found[0][new], keys[:, new], values[:, new]))
         return max(each.value for each in sums)
 
     def _record_local(self, error: float, index: int | None, part: str = "layer") -> None:
         self.local_errors.append(error)
-        if not within(error, LOCAL_ERROR):
+        if not within(error, self.local_limit):
             self.divergence = self.divergence or Divergence(self.stage, index, None, error, part)
 
     def _record_chained(self, reference: list[np.ndarray], index: int | None) -> None:

@@ -8,7 +8,7 @@ import pytest
 from calibration.insert_precision import apply_recipe
 from calibration.presets import preset
 from calibration.weight_rows import WeightRows
-from exporter.core.canonical import CanonicalModel
+from exporter.core.canonical import CanonicalModel, CheckpointWeight, Slice
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.progress import NoProgress
 from exporter.parity.inputs import ParityInputs, ParityPlan, parity_inputs
@@ -82,9 +82,62 @@ def test_fault_in_the_trace(prepared: Prepared) -> None:
     structure = layers[1].structure.clone()
     softmax = next(node for node in structure.graph if node.op_type == "Softmax")
     softmax.attributes["axis"] = ir.AttrInt64("axis", 1)
-    layers[1] = type(layers[1])("layer", 1, structure, layers[1].weights)
+    layers[1] = Slice("layer", 1, structure, layers[1].weights)
     damaged = TracedModel(prepared.traced.embedding, layers, prepared.traced.head)
     found = Prepared(prepared.checkpoint, damaged, prepared.fused, prepared.inputs).run().first_divergence
     assert found is not None
     assert (found.stage, found.layer) == ("trace", 1)
     assert "Softmax" in found.suspects
+
+
+def test_fault_in_the_head(prepared: Prepared) -> None:
+    fused = prepared.fused
+    structure = fused.head.structure.clone()
+    norm = next(node for node in structure.graph if node.op_type == "RMSNormalization")
+    norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-2)
+    head = Slice("head", None, structure, fused.head.weights)
+    found = prepared.run(fused=CanonicalModel(fused.embedding, fused.layers, head)).first_divergence
+    assert found is not None
+    assert (found.stage, found.layer, found.part, found.operator) == ("fuse", None, "head", "RMSNormalization")
+
+
+def test_wrong_weight_in_the_head(prepared: Prepared) -> None:
+    fused = prepared.fused
+    wrong = {**fused.head.weights, "lm_head.weight": CheckpointWeight(("model.embed_tokens.weight",))}
+    head = Slice("head", None, fused.head.structure, wrong)
+    found = prepared.run(fused=CanonicalModel(fused.embedding, fused.layers, head)).first_divergence
+    assert found is not None
+    assert (found.stage, found.part, found.operator) == ("fuse", "head", "MatMul")
+
+
+def test_fault_in_the_embedding(prepared: Prepared) -> None:
+    fused = prepared.fused
+    wrong = {"embed_tokens.weight": CheckpointWeight(("lm_head.weight",))}
+    embedding = Slice("embedding", None, fused.embedding.structure, wrong)
+    found = prepared.run(fused=CanonicalModel(embedding, fused.layers, fused.head)).first_divergence
+    assert found is not None
+    assert (found.stage, found.part, found.operator) == ("fuse", "embedding", "Gather")
+
+
+def test_the_earliest_faulty_stage_is_named(prepared: Prepared) -> None:
+    """A fault of the fused graph in layer 0 does not hide one of the trace in layer 2."""
+    layers = list(prepared.traced.layers)
+    wrong = {**layers[2].weights, "mlp.up_proj.weight": layers[1].weights["mlp.up_proj.weight"]}
+    layers[2] = Slice("layer", 2, layers[2].structure, wrong)
+    damaged = TracedModel(prepared.traced.embedding, layers, prepared.traced.head)
+    both = Prepared(prepared.checkpoint, damaged, prepared.fused, prepared.inputs)
+    results = both.run(fused=plant(prepared.fused, 0, FAULTS["swish_is_relu"]))
+    assert [stage.stage for stage in results.stages] == ["trace"]
+    found = results.first_divergence
+    assert found is not None
+    assert (found.stage, found.layer) == ("trace", 2)
+
+
+def test_recipe_that_loses_too_much_is_blamed(prepared: Prepared) -> None:
+    results = prepared.run("int4-rtn")
+    found = results.first_divergence
+    assert not results.passed
+    assert found is not None
+    assert found.stage == "quantize"
+    assert found.operator is None
+    assert "adds most" in found.note
