@@ -56,7 +56,7 @@ def _grid(points: int) -> list[str]:
         parts.append(f'<text x="{LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     limit = _y(LOCAL_ERROR)
     parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{limit:.1f}" y2="{limit:.1f}"/>')
-    text = "limit of a lossless slice"
+    text = "limit of a lossless slice (narrow model)"
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{limit - 5:.1f}" text-anchor="end">{text}</text>')
     every = max(1, math.ceil(points / 17))
     for index in range(0, points, every):
