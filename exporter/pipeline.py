@@ -143,9 +143,7 @@ def build_source(job: Job, checkpoint: Checkpoint, quantized: CanonicalModel) ->
     return BuildSource(job.config, job.recipe, quantized, checkpoint, rows, job.limits)
 
 
-def _verify(
-    job: Job, source: BuildSource, graphs: Graphs, engine: Path, progress: Progress
-) -> "VerifyReport":
+def _verify(job: Job, source: BuildSource, graphs: Graphs, engine: Path, progress: Progress) -> "VerifyReport":
     from exporter.parity.verify import EngineUnderTest, verify_build
 
     options = job.options

@@ -29,7 +29,5 @@ def verify_engine_directory(
             "give the checkpoint that the engine was built from",
         )
     target = get_target(manifest.target)
-    subject = EngineUnderTest(
-        target, artifact.path, checkpoint, manifest.recipe, manifest.limits, text, threads
-    )
+    subject = EngineUnderTest(target, artifact.path, checkpoint, manifest.recipe, manifest.limits, text, threads)
     return verify_artifact(subject, progress)
