@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exporter import api
+from exporter.artifact.load import open_artifact
+from exporter.core.progress import NoProgress
+from exporter.runtime.bench import bench
+from exporter.verification import verify_engine_directory
 
 COLUMNS = (
     ("engine", "engine", "{}"),
@@ -30,19 +33,20 @@ def compare_engines(
 
 
 def _row(engine: Path, against: Path, text: Path | None, threads: int) -> dict[str, Any]:
-    manifest = api.inspect(engine).manifest
-    report = api.measure(engine, against=against, text=text, threads=threads).to_json()
+    artifact = open_artifact(engine)
+    manifest = artifact.manifest
+    report = verify_engine_directory(artifact, against, text, threads, NoProgress()).to_json()
     values = {check["name"]: check["value"] for check in report["checks"]}
     longest = manifest.limits.max_seq_len
     prompt, new = min(128, longest // 2), min(64, longest // 4)
-    speed = api.bench(engine, prompt_tokens=prompt, new_tokens=new, threads=threads)
+    speed = bench(engine, prompt_tokens=prompt, new_tokens=new, threads=threads)
     names = ("kl_divergence_mean", "kl_divergence_max", "top1_agreement", "perplexity_ratio", "relative_l2_error")
     return {
         "engine": str(engine),
         "target": manifest.target,
         "recipe": report["recipe"],
         "passed": report["passed"],
-        "engine_bytes": sum(file.bytes for file in manifest.files),
+        "engine_bytes": manifest.total_bytes,
         "bits_per_weight": manifest.bits_per_weight,
         "perplexity_reference": report["perplexity_reference"],
         "perplexity_engine": report["perplexity_engine"],

@@ -20,7 +20,7 @@ class Inspection:
 
     @property
     def engine_bytes(self) -> int:
-        return sum(file.bytes for file in self.manifest.files)
+        return self.manifest.total_bytes
 
     def to_json(self) -> dict[str, Any]:
         """The manifest with the artifact's digest and size."""

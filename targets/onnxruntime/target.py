@@ -9,9 +9,9 @@ from exporter.core.progress import Progress
 from exporter.core.recipe import Recipe
 from exporter.core.support import Support
 from targets.base import BuildResult, BuildSource, Limits, Runner, RunOptions
+from targets.onnxruntime.file_names import MODEL
 from targets.onnxruntime.support import capabilities, recipe_support
 
-MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
 MACHINES = ("x86_64", "AMD64", "aarch64", "arm64")
 PACKAGES = ("onnxruntime", "onnx", "onnx-ir")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter.cli import app as app_module
+from exporter.cli.main import run
 from tests.cli.command import enginesmith
 
 COMMANDS = ("build", "plan", "verify", "inspect", "run", "bench", "compare", "targets", "recipes", "doctor")
@@ -15,7 +15,7 @@ COMMANDS = ("build", "plan", "verify", "inspect", "run", "bench", "compare", "ta
 def call(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Run a command line in this process: exit code, stdout, stderr."""
     try:
-        code = app_module.run([str(argument) for argument in arguments])
+        code = run([str(argument) for argument in arguments])
     except SystemExit as exit:
         code = int(exit.code or 0)
     captured = capfd.readouterr()

@@ -1,0 +1,3 @@
+"""The files of an onnxruntime engine."""
+
+MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
