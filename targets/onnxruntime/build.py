@@ -7,9 +7,9 @@ import onnx_ir as ir
 from exporter.core.config import ModelConfig
 from exporter.core.progress import Progress
 from targets.base import BuildResult, BuildSource
+from targets.onnxruntime.file_names import DATA, GENAI, MODEL
 from targets.onnxruntime.genai_config import genai_config
 from targets.onnxruntime.lower import lower
-from targets.onnxruntime.file_names import DATA, GENAI, MODEL
 from targets.onnxruntime.weight_file import WeightFile, output_errors
 
 
