@@ -6,7 +6,7 @@ from typing import Any
 
 from exporter.artifact.load import open_artifact
 from exporter.core.progress import NoProgress
-from exporter.runtime.bench import bench
+from exporter.runtime.bench import bench_to_fit
 from exporter.verification import verify_engine_directory
 
 COLUMNS = (
@@ -37,9 +37,7 @@ def _row(engine: Path, against: Path, text: Path | None, threads: int) -> dict[s
     manifest = artifact.manifest
     report = verify_engine_directory(artifact, against, text, threads, NoProgress()).to_json()
     values = {check["name"]: check["value"] for check in report["checks"]}
-    longest = manifest.limits.max_seq_len
-    prompt, new = min(128, longest // 2), min(64, longest // 4)
-    speed = bench(engine, prompt_tokens=prompt, new_tokens=new, threads=threads)
+    speed = bench_to_fit(engine, manifest.limits, threads)
     names = ("kl_divergence_mean", "kl_divergence_max", "top1_agreement", "perplexity_ratio", "relative_l2_error")
     return {
         "engine": str(engine),

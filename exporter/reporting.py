@@ -24,12 +24,12 @@ def write_build_report(outcome: "BuildOutcome", path: Path | None) -> None:
         return
     if outcome.report is None:
         raise InputError("usage.report", "--report needs the parity checks", "leave --no-parity out")
-    _write(outcome.report, _facts(outcome.manifest, outcome.digest), path)
+    _write(outcome.report, _facts(outcome.path, outcome.manifest, outcome.digest), path)
 
 
 def write_verify_report(report: "VerifyReport", seen: "Inspection", path: Path) -> None:
     """The report of `enginesmith verify`."""
-    _write(report, _facts(seen.manifest, seen.digest), path)
+    _write(report, _facts(seen.path, seen.manifest, seen.digest), path)
 
 
 def write_failure_report(error: ParityError, path: Path | None) -> None:
@@ -38,8 +38,11 @@ def write_failure_report(error: ParityError, path: Path | None) -> None:
         _write(error.verification, {}, path)
 
 
-def _facts(manifest: "Manifest", digest: str) -> dict[str, Any]:
-    return {"digest": digest, "manifest": manifest.to_json()}
+def _facts(engine: Path, manifest: "Manifest", digest: str) -> dict[str, Any]:
+    """What the page shows besides parity: sizes, coverage, and speed measured now."""
+    from exporter.runtime.bench import bench_to_fit
+
+    return {"digest": digest, "manifest": manifest.to_json(), "bench": bench_to_fit(engine, manifest.limits)}
 
 
 def _write(report: "VerifyReport", facts: dict[str, Any], path: Path) -> None:

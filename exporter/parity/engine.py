@@ -66,6 +66,7 @@ def verify_engine(
         Check("long_position", max(errors.tail), limits.simulation, STAGE),
         Check("instrumented_vs_plain", errors.instrumented, limits.consistency, STAGE),
         *_consistency(run, limits),
+        *([Check("rounding_flips", max(errors.flips), None, STAGE)] if simulation.integer_activations else []),
     )
     divergence = _divergence(errors, limits, tight)
     stage = StageResult(STAGE, tight, local_errors=errors.all, divergence=divergence)

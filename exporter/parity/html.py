@@ -22,6 +22,7 @@ CHECK_WORDS = {
     "simulation_relative_l2_error": "Every slice against its simulated quantization",
     "decode_vs_prefill": "Decoded token by token, against all at once",
     "long_position": "Last positions of a full cache",
+    "rounding_flips": "Rounding flips in the simulation, taken off",
     "instrumented_vs_plain": "Engine with and without shown hidden states",
     "chunked_vs_prefill": "Prompt in chunks, against one prefill",
     "prefix_reuse": "Continued from a kept prefix",

@@ -16,6 +16,7 @@ from exporter.artifact.manifest import Manifest
 from exporter.core.errors import InputError
 from exporter.runtime.engine import Engine, load
 from exporter.runtime.memory_bandwidth import measure_bandwidth
+from targets.base import Limits
 
 REPETITIONS = 3
 SEED = 0
@@ -63,6 +64,12 @@ def bench(
         "batch": batch,
         "context": context,
     }
+
+
+def bench_to_fit(engine_path: str | PathLike[str], limits: Limits, threads: int = 0) -> dict[str, Any]:
+    """`bench` with its usual prompt and answer, or shorter ones where the engine is built for fewer positions."""
+    prompt, new = min(128, limits.max_seq_len // 2), max(1, min(64, limits.max_seq_len // 4))
+    return bench(engine_path, prompt_tokens=prompt, new_tokens=new, threads=threads)
 
 
 def bytes_per_step(manifest: Manifest, batch: int, positions: float) -> float:
