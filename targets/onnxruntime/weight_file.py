@@ -101,6 +101,7 @@ class WeightFile:
         self._checkpoint, self._rows = checkpoint, rows
         self._end = 0
         self._written: dict[CheckpointWeight | RotaryTable, Region | QuantizedMatrix] = {}
+        self._tables: dict[str, list[RotaryTable]] = {}
         self._file = -1
 
     def __enter__(self) -> Self:
@@ -145,15 +146,19 @@ class WeightFile:
         return self.tensor(name, region.rows((first, behind), width), dtype, (behind - first, *shape[1:]))
 
     def table(self, name: str, table: RotaryTable) -> ir.ExternalTensor:
-        """A rotary table, float32 [length, D / 2]."""
+        """A rotary table, float32 [length, D / 2]; a further table of one name gets a number behind it."""
         values = table.values()
+        named = self._tables.setdefault(name, [])
+        if table not in named:
+            named.append(table)
+        number = named.index(table)
         region = self._written.get(table)
         if region is None:
             region = self._reserve(values.nbytes)
             self._written[table] = region
             self._write(region.offset, values)
         assert isinstance(region, Region)
-        return self.tensor(name, region, ir.DataType.FLOAT, values.shape)
+        return self.tensor(f"{name}.{number}" if number else name, region, ir.DataType.FLOAT, values.shape)
 
     def quantized(self, name: str, weight: CheckpointWeight) -> QuantizedMatrix:
         """A matrix of integer codes; all regions are filled in one pass over the rows."""

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
-from exporter.core.canonical import CanonicalModel, Slice
+from exporter.core.canonical import CanonicalModel, RotaryTable, Slice
 from exporter.core.errors import UnsupportedError
 from targets.onnxruntime.slice_session import SliceSession
 from tests.targets.engines import RECIPES, Engine, build, build_source, random_ids, relative_l2
@@ -178,6 +179,26 @@ def test_a_fault_in_one_layer_shows_in_the_engine(engine, tmp_path, fault):
     """The engine computes what the canonical graph says, faults included: it is lowered from the graph."""
     sound = engine("mqa_three_layers", "fp32")
     model = damaged(sound.source.model, 1, FAULTS[fault])
+    broken = build(sound.source, tmp_path, model)
+    ids = random_ids(sound.config, 1, 9)
+    with broken.runner() as runner:
+        logits = runner.prefill(ids, np.array([9]))[0]
+    want = chain(model, sound, ids)
+    assert relative_l2(want, chain(sound.source.model, sound, ids)) > 1e-3
+    assert relative_l2(logits, want) <= 2e-5
+
+
+def test_a_wrong_rotary_table_in_one_layer_shows_in_the_engine(engine, tmp_path):
+    """Layers share equal tables; one that differs is stored and used on its own."""
+    sound = engine("mqa_three_layers", "fp32")
+    layers = list(sound.source.model.layers)
+    tables = {
+        name: replace(weight, inverse_frequencies=weight.inverse_frequencies[::-1])
+        for name, weight in layers[1].weights.items()
+        if isinstance(weight, RotaryTable)
+    }
+    layers[1] = Slice("layer", 1, layers[1].structure, {**layers[1].weights, **tables})
+    model = CanonicalModel(sound.source.model.embedding, layers, sound.source.model.head)
     broken = build(sound.source, tmp_path, model)
     ids = random_ids(sound.config, 1, 9)
     with broken.runner() as runner:
