@@ -103,14 +103,12 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, tokens: int, out: Path)
     """One pass after another over shuffled windows of the stream until `tokens` were seen."""
     generator = torch.Generator().manual_seed(SEED)
     window, steps = CONTEXT + 1, tokens // (BATCH * CONTEXT)
+    first = resume(model, out / STATE)
     tools = optimizers(model)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(t, lambda s: learning_rate_factor(s, steps)) for t in tools]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(t, lambda s: learning_rate_factor(first + s, steps)) for t in tools]
     starts = torch.empty(0, dtype=torch.long)
     begin = time.time()
-    first = resume(model, out / STATE)
     generator.manual_seed(SEED + first)
-    for schedule in schedules:
-        schedule.step(first)
     for step in range(first, steps):
         if len(starts) < BATCH:
             offset = int(torch.randint(window, (1,), generator=generator))
