@@ -61,10 +61,11 @@ def test_never_worse_than_plain_rounding_in_any_group(kind: str, size: int) -> N
 
 
 def exhaustive_symmetric(values: np.ndarray, size: int) -> np.ndarray:
+    """Groups below 64 are searched without steps that clip the largest weight, as `calibration.rtn` explains."""
     groups = values.astype(np.float64).reshape(-1, size)
     largest = np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1)
     best = np.full(len(groups), np.inf)
-    for step in np.arange(6.5, 13, 0.1):
+    for step in np.arange(6.5, 8.01 if size < 64 else 13, 0.1):
         for sign in (-1, 1):
             codes = np.clip(np.rint(groups * (sign * step / largest)), -8, 7)
             scale = (codes * groups).sum(1, keepdims=True) / (codes**2).sum(1, keepdims=True)
