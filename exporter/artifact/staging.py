@@ -29,21 +29,41 @@ def staged_directory(final: Path, force: bool = False, source: Path | None = Non
     """
     final = _absolute(final)
     check_output(final, force, source)
-    remove_stale(final)
-    check_output(final, force, source)  # again: an artifact may have been restored
-    staging, lock = _create(final)
+    with _parents(final):
+        remove_stale(final)
+        check_output(final, force, source)  # again: an artifact may have been restored
+        staging, lock = _create(final)
+        try:
+            yield staging
+            _sync(staging)
+            _publish(staging, final, force)
+        except OSError as error:
+            if error.errno in FULL:
+                raise _full(final, error) from error
+            raise
+        finally:
+            # After success this path holds the replaced artifact, or nothing.
+            shutil.rmtree(staging, ignore_errors=True)
+            os.close(lock)
+
+
+@contextmanager
+def _parents(final: Path) -> Iterator[None]:
+    """The missing directories above `final`; those made here go again, as far as they are empty, if the block raises."""
+    missing = [folder for folder in final.parents if not folder.exists()]
     try:
-        yield staging
-        _sync(staging)
-        _publish(staging, final, force)
+        final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in FULL:
-            raise _full(final, error) from error
+        raise InputError(
+            "output.unwritable", f"cannot create {final.parent}: {error.strerror}", "choose another --out"
+        ) from error
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
         raise
-    finally:
-        # After success this path holds the replaced artifact, or nothing.
-        shutil.rmtree(staging, ignore_errors=True)
-        os.close(lock)
 
 
 def check_output(final: Path, force: bool, source: Path | None = None) -> None:
@@ -69,11 +89,10 @@ def check_output(final: Path, force: bool, source: Path | None = None) -> None:
 
 
 def _check_parent(final: Path) -> None:
-    parent = final.parent
+    parent = next(folder for folder in final.parents or [final] if os.path.lexists(folder))
     if not parent.is_dir():
-        why = "is not a directory" if os.path.lexists(parent) else "does not exist"
-        raise InputError("output.parent", f"{parent} {why}", "create the parent directory of --out first")
-    if parent == final:
+        raise InputError("output.parent", f"{parent} is not a directory", "choose another --out")
+    if final.parent == final:
         raise InputError("output.root", f"{final} cannot be an output directory", "choose another --out")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError("output.unwritable", f"{parent} is not writable", "choose a directory you may write to")

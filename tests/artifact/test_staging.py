@@ -89,7 +89,7 @@ def test_bad_outputs_have_stable_kinds(tmp_path: Path) -> None:
     assert kind_of(tmp_path / "file") == "output.not_directory"
     assert kind_of(tmp_path / "file", force=True) == "output.not_directory"
     assert kind_of(tmp_path / "link") == "output.symlink"
-    assert kind_of(tmp_path / "nowhere" / "engine") == "output.parent"
+    assert kind_of(tmp_path / "file" / "deep" / "engine") == "output.parent"
     assert kind_of(tmp_path / "file" / "engine") == "output.parent"
     assert kind_of(checkpoint, force=True, source=checkpoint) == "output.checkpoint"
     assert kind_of(tmp_path / "models", force=True, source=checkpoint) == "output.checkpoint"
@@ -221,3 +221,13 @@ def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
 def test_a_broken_link_as_output(tmp_path: Path) -> None:
     (tmp_path / "engine").symlink_to(tmp_path / "gone")
     assert kind_of(tmp_path / "engine") == "output.symlink"
+
+
+def test_missing_parents_are_made_and_go_with_a_failure(tmp_path: Path) -> None:
+    final = tmp_path / "new" / "deep" / "engine"
+    with pytest.raises(RuntimeError), staged_directory(final):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with staged_directory(final) as work:
+        (work / "file").write_bytes(b"x")
+    assert (final / "file").read_bytes() == b"x"
