@@ -83,9 +83,37 @@ def build_with(
     return outcome
 
 
-def plan(checkpoint: AnyPath, *, target: str, recipe: str = "fp32", **overrides: Any) -> Plan:
-    """Forecast a build from the config alone. `overrides` are further fields of `BuildOptions`."""
-    return plan_with(BuildOptions(checkpoint=Path(checkpoint), out=Path(), target=target, recipe=recipe, **overrides))
+def plan(
+    checkpoint: AnyPath,
+    *,
+    target: str,
+    recipe: str = "fp32",
+    max_seq_len: int | None = None,
+    max_batch: int = 4,
+    group_size: int | None = None,
+    lm_head: str | None = None,
+    embedding: str | None = None,
+    kv_cache: str | None = None,
+    min_coverage: float = 1.0,
+    parity: bool = True,
+) -> Plan:
+    """Forecast a build from the config alone; the options are those of `build`."""
+    return plan_with(
+        BuildOptions(
+            checkpoint=Path(checkpoint),
+            out=Path(),
+            target=target,
+            recipe=recipe,
+            max_seq_len=max_seq_len,
+            max_batch=max_batch,
+            group_size=group_size,
+            lm_head=lm_head,
+            embedding=embedding,
+            kv_cache=kv_cache,
+            min_coverage=min_coverage,
+            parity=parity,
+        )
+    )
 
 
 def plan_with(options: BuildOptions) -> Plan:
