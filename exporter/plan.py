@@ -14,7 +14,7 @@ from targets.registry import get_target
 
 # Measured on x86-64 with torch 2.13 (docs/benchmarks.md): what a process holds whatever the model.
 TRACE_BYTES = 520e6
-STREAM_BYTES = 260e6
+STREAM_BYTES = 60e6
 RUNTIME_BYTES = 120e6
 GRAPH_AND_TOKENIZER_BYTES = 1e6
 # Parity keeps the residual stream of all rows, and the logits of one block of them, in float32.
