@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from exporter.core.config import ModelConfig
+from exporter.core.errors import InputError
 
 # Distinct sizes above one, so that no tracer takes two axes for the same or specialises on 0 or 1.
 BATCH, SEQUENCE, PAST = 2, 3, 5
@@ -19,10 +20,19 @@ def llama_config(config: ModelConfig, layers: int) -> LlamaConfig:
     """The checkpoint's own config, cut to `layers` layers, eager attention.
 
     Weights are untied: whether head and embedding read one tensor is a matter of weights, not of structure. Token ids
-    are left out: published configs hold some beyond the vocabulary, which nn.Embedding refuses as padding.
+    are left out: published configs hold some beyond the vocabulary, which nn.Embedding refuses as padding. Raises
+    InputError for fields that only transformers reads, where they are not what it expects.
     """
     changes = {"num_hidden_layers": layers, "tie_word_embeddings": False, "pad_token_id": None}
-    llama = LlamaConfig.from_dict({**config.raw, **changes})
+    try:
+        llama = LlamaConfig.from_dict({**config.raw, **changes})
+    except Exception as error:  # its validation raises types of its own, and others where it trusts a field
+        why = " ".join(str(error).split())[:300]
+        raise InputError(
+            "checkpoint.config",
+            f"config.json: transformers refuses it: {why}",
+            "correct config.json or export it again",
+        ) from error
     llama._attn_implementation = "eager"
     return llama
 

@@ -1,5 +1,6 @@
 """Tracing: raw slices that run as they are and equal the eager model, for both tracers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +161,13 @@ def test_structures_tell_nothing_of_the_machine_that_traced_them(tracer: str) ->
         written = ir.to_proto(piece.structure).SerializeToString()
         assert b".py" not in written
         assert b"site-packages" not in written
+
+
+@pytest.mark.parametrize(
+    "field", [{"rope_parameters": []}, {"attention_dropout": "x"}, {"use_cache": 3}, {"id2label": 5}], ids=str
+)
+def test_fields_that_only_transformers_reads_are_bad_input(field: dict[str, object]) -> None:
+    config = tiny_config()
+    with pytest.raises(InputError, match=r"config\.json: transformers refuses it") as refused:
+        trace(replace(config, raw={**config.raw, **field}), "torchscript")
+    assert (refused.value.kind, refused.value.exit_code) == ("checkpoint.config", 2)
