@@ -25,7 +25,11 @@ def run(arguments: list[str]) -> int:
 def _invoke(arguments: list[str], output: Output) -> None:
     if arguments and arguments[0] in LATER_COMMANDS:
         needs = LATER_COMMANDS[arguments[0]]
-        raise UnsupportedError("command.unavailable", f"{arguments[0]} is not available yet: it needs {needs}", "")
+        raise UnsupportedError(
+            "command.unavailable",
+            f"{arguments[0]} is not available yet: it needs {needs}",
+            "build with a recipe that needs no calibration, see `enginesmith recipes`",
+        )
     try:
         code = app(arguments, standalone_mode=False, obj=output, prog_name="enginesmith")
     except CLICK_USAGE_ERROR as error:

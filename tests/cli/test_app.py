@@ -56,7 +56,7 @@ def test_failures_are_one_json_object_and_the_contracts_code(
     found, out, err = call(capfd, *arguments, "--json")
     error = json.loads(out)["error"]
     assert (found, error["exit_code"], error["kind"]) == (code, code, kind)
-    assert error["message"] in err
+    assert error["message"] in err and error["remedy"]
     assert "Traceback" not in err
 
 
