@@ -49,7 +49,7 @@ def staged_directory(final: Path, force: bool = False, source: Path | None = Non
 
 @contextmanager
 def _parents(final: Path) -> Iterator[None]:
-    """The missing directories above `final`; those made here go again, as far as they are empty, if the block raises."""
+    """The missing directories above `final`; those made here go again, where empty, if the block raises."""
     missing = [folder for folder in final.parents if not folder.exists()]
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
