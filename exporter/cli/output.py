@@ -6,11 +6,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from exporter.core.errors import BudgetError, EngineSmithError, ParityError
+from exporter.core.errors import BudgetError, EngineSmithError, InputError, ParityError
 
 INTERRUPTED = 130
 INTERRUPTION = {"exit_code": INTERRUPTED, "kind": "interrupted", "message": "interrupted", "remedy": ""}
@@ -30,7 +30,13 @@ class Output:
 
     def result(self, value: dict[str, Any], text: str) -> None:
         """Print the JSON object, or the text for people."""
-        print(json.dumps(value, allow_nan=False) if self.json else text, file=self.stdout, flush=True)
+        try:
+            print(json.dumps(value, allow_nan=False) if self.json else text, file=self.stdout, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            why = f"the result cannot be written to standard output: {error.strerror}"
+            raise InputError("output.stdout", why, "free some space, or send the output elsewhere") from error
 
     def stream(self, text: str) -> None:
         """Text as it comes (a generated answer); silent with `--json`."""
@@ -41,7 +47,8 @@ class Output:
         """Report an error in both forms; returns its exit code."""
         if self.json:
             report = error.report if isinstance(error, ParityError) else {}
-            self.result({**report, "error": error.to_json()}, "")
+            with suppress(InputError):  # standard output is full: standard error and the exit code still tell
+                self.result({**report, "error": error.to_json()}, "")
         print(f"error: {error.message}", file=sys.stderr)
         if error.remedy:
             print(f"  what to do: {error.remedy}", file=sys.stderr)

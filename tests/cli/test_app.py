@@ -1,6 +1,8 @@
 """Usage, refusals and lists: everything the command line says without building anything."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,3 +119,13 @@ def test_a_new_process_prints_its_version_and_bad_usage() -> None:
     wrong = enginesmith("build")
     assert wrong.code == 2 and wrong.out == ""
     assert wrong.err.startswith("error: ")
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_full_standard_output_is_an_answer_not_a_traceback(form: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "exporter", "recipes", *form]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert "cannot be written to standard output" in done.stderr
+    assert "Traceback" not in done.stderr
