@@ -12,6 +12,7 @@ from exporter.core.checkpoint import Checkpoint
 from exporter.core.progress import Progress
 from exporter.core.recipe import Recipe
 from exporter.core.traced import TracedModel
+from exporter.memory import release_free_memory
 from exporter.parity.engine import EngineResult, verify_engine
 from exporter.parity.inputs import ParityInputs, ParityPlan, parity_inputs, read_text
 from exporter.parity.metrics import relative_l2_error
@@ -38,6 +39,7 @@ class EngineUnderTest:
 
     def open(self, batch: int, hidden_states: bool) -> Runner:
         """A runner on the engine with the whole cache it was built for."""
+        release_free_memory()  # what the eager layers left, or the runner before
         options = RunOptions(self.threads, batch, self.limits.max_seq_len, hidden_states)
         return self.target.runner(self.directory, self.checkpoint.config, self.limits, options)
 

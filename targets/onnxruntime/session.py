@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.core.errors import ArtifactError, UnsupportedError
+from targets.onnxruntime.file_names import DATA
+from targets.onnxruntime.mapped_pages import drop_mapped_pages
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -33,13 +35,15 @@ def open_session(path: Path, threads: int, hidden: list[str] | None = None) -> "
         model = _with_outputs(path, hidden)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exceptions have no common class below Exception
         raise ArtifactError(
             "onnxruntime.load",
             f"ONNX Runtime {ort.__version__} cannot load {path.name}: {str(error).splitlines()[0]}",
             "build the engine again, or install the ONNX Runtime it was built for (enginesmith inspect shows it)",
         ) from error
+    drop_mapped_pages(path.with_name(DATA).resolve())
+    return session
 
 
 def _with_outputs(path: Path, names: list[str]) -> bytes:
