@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.core.progress import NoProgress, Progress, stage
+from exporter.core.threads import check_threads
 from exporter.inspection import Inspection
 from exporter.options import BuildOptions
 from exporter.plan import Plan, make_plan
@@ -153,6 +154,7 @@ def measure(
     from exporter.artifact.load import open_artifact
     from exporter.verification import verify_engine_directory
 
+    check_threads(threads)
     progress = progress or NoProgress()
     with stage(progress, "load"):
         artifact = open_artifact(Path(engine))

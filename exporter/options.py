@@ -5,8 +5,11 @@ from pathlib import Path
 
 from exporter.core.config import ModelConfig
 from exporter.core.errors import InputError
+from exporter.core.threads import check_threads
 
 DEFAULT_MAX_SEQ_LEN = 4096
+# What a manifest can hold.
+MAX_SEQ_LEN, MAX_BATCH = 1 << 26, 1 << 16
 TRACERS = ("torch-export", "torchscript")
 SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -40,10 +43,11 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.tracer not in TRACERS:
             raise InputError("usage.tracer", f"unknown tracer {self.tracer!r}", f"use one of {', '.join(TRACERS)}")
-        for name, low in (("max_seq_len", 2), ("max_batch", 1), ("threads", 0)):
+        for name, low, high in (("max_seq_len", 2, MAX_SEQ_LEN), ("max_batch", 1, MAX_BATCH)):
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"usage.{name}", f"--{name.replace('_', '-')} is {value}", f"give at least {low}")
+            if value is not None and not low <= value <= high:
+                raise InputError(f"usage.{name}", f"--{name.replace('_', '-')} is {value}", f"give {low} to {high}")
+        check_threads(self.threads)
         if not 0.0 <= self.min_coverage <= 1.0:
             raise InputError("usage.min_coverage", f"--min-coverage is {self.min_coverage}", "give a value from 0 to 1")
 

@@ -30,18 +30,23 @@ class Output:
 
     def result(self, value: dict[str, Any], text: str) -> None:
         """Print the JSON object, or the text for people."""
-        try:
-            print(json.dumps(value, allow_nan=False) if self.json else text, file=self.stdout, flush=True)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            why = f"the result cannot be written to standard output: {error.strerror}"
-            raise InputError("output.stdout", why, "free some space, or send the output elsewhere") from error
+        self._print((json.dumps(value, allow_nan=False) if self.json else text) + "\n")
 
     def stream(self, text: str) -> None:
         """Text as it comes (a generated answer); silent with `--json`."""
         if not self.json:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        try:
             print(text, end="", file=self.stdout, flush=True)
+        except BrokenPipeError:
+            # The reader has what it wanted (`| head`); what is still buffered must not fail again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
+            raise SystemExit(0) from None
+        except OSError as error:
+            why = f"the result cannot be written to standard output: {error.strerror}"
+            raise InputError("output.stdout", why, "free some space, or send the output elsewhere") from error
 
     def failure(self, error: EngineSmithError) -> int:
         """Report an error in both forms; returns its exit code."""
@@ -96,9 +101,6 @@ def run_guarded(output: Output, work: Callable[[], None]) -> int:
             output.result({"error": INTERRUPTION}, "")
         print("interrupted; nothing was left behind", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
     except MemoryError:
         return output.failure(
             BudgetError("memory.exhausted", "out of memory", "see `enginesmith plan` for what is needed")

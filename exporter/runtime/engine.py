@@ -11,6 +11,7 @@ from exporter.artifact.host import physical_cores
 from exporter.artifact.load import Artifact, open_artifact
 from exporter.artifact.manifest import Manifest
 from exporter.core.errors import InputError, UnsupportedError
+from exporter.core.threads import check_threads
 from exporter.runtime.chat import ChatTemplate
 from exporter.runtime.generate import Generation, generate_batch
 from exporter.runtime.sampling import Sampling
@@ -170,10 +171,9 @@ def load(path: str | PathLike[str], *, threads: int = 0, batch: int = 1, expect_
     `threads` 0 means one per physical core. Raises InputError (no such directory, bad batch),
     ArtifactError (damaged, another digest, another host) or UnsupportedError (the runtime is missing).
     """
+    check_threads(threads)
     artifact = open_artifact(Path(path), expect_digest)
     limits = artifact.manifest.limits
-    if threads < 0:
-        raise InputError("usage.threads", f"threads is {threads}", "give 0 for one per physical core, or more")
     if not 1 <= batch <= limits.max_batch:
         raise InputError(
             "run.batch",

@@ -50,6 +50,8 @@ def test_help_lists_every_command_of_the_contract(capfd: pytest.CaptureFixture[s
         (["run", "no-such-engine"], 2, "usage.prompt"),
         (["run", "no-such-engine", "--prompt-ids", "1,b"], 2, "usage.prompt_ids"),
         (["bench", "no-such-engine", "--threads", "-1"], 2, "usage"),
+        (["bench", "no-such-engine", "--threads", "9999"], 2, "usage.threads"),
+        (["plan", "x", "--target", "onnxruntime", "--max-batch", "1000000"], 2, "usage.max_batch"),
     ],
 )
 def test_failures_are_one_json_object_and_the_contracts_code(

@@ -87,6 +87,14 @@ def test_commands_on_the_engine(built: tuple[Path, Result], checkpoint: Path) ->
     assert rows[0]["passed"] is True and rows[0]["engine_bytes"] == seen["engine_bytes"]
 
 
+def test_a_reader_that_has_enough_is_no_failure(built: tuple[Path, Result]) -> None:
+    command = [sys.executable, "-m", "exporter", "run", str(built[0]), "--prompt-ids", "5", "--max-new-tokens", "100"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+
+
 def test_expected_digest(built: tuple[Path, Result]) -> None:
     digest = built[1].json["digest"]
     assert enginesmith("inspect", built[0], "--expect-digest", digest).code == 0
