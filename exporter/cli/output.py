@@ -40,11 +40,11 @@ class Output:
     def _print(self, text: str) -> None:
         try:
             print(text, end="", file=self.stdout, flush=True)
-        except BrokenPipeError:
-            # The reader has what it wanted (`| head`); what is still buffered must not fail again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
-            raise SystemExit(0) from None
         except OSError as error:
+            # What is still buffered must not fail again when the process ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
+            if isinstance(error, BrokenPipeError):  # the reader has what it wanted: `| head`
+                raise SystemExit(0) from None
             why = f"the result cannot be written to standard output: {error.strerror}"
             raise InputError("output.stdout", why, "free some space, or send the output elsewhere") from error
 

@@ -1,12 +1,12 @@
 """Builds through the command line: artifacts, verdicts, and nothing left behind when a build ends early."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -145,7 +145,9 @@ def test_memory_limit_is_a_budget(checkpoint: Path, tmp_path: Path) -> None:
 def _start_until_staging(checkpoint: Path, out: Path) -> subprocess.Popen[str]:
     """A build that has begun to write: its hidden directory is there."""
     command = [sys.executable, "-m", "exporter", "build", str(checkpoint), "--target", "onnxruntime", "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    # A shell's background job ignores Ctrl-C, and its children inherit that.
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     while process.poll() is None and not list(out.parent.iterdir()):
         time.sleep(0.01)
     return process
