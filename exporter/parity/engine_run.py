@@ -10,6 +10,8 @@ from exporter.parity.metrics import relative_l2_error
 from exporter.parity.scoring import Advance, Scored, scored_positions
 from targets.base import Runner
 
+# Positions whose hidden states are held at once: about 10 MB a layer boundary at most.
+PIECE = 256
 OpenRunner = Callable[[int, bool], Runner]
 """(rows in the batch, whether hidden states are wanted) -> a runner, opened with `with`."""
 
@@ -50,7 +52,7 @@ class SingleRow:
 
     def __init__(self, runner: Runner, inputs: ParityInputs, seen: Callable[[list[np.ndarray]], None] | None = None):
         self.runner, self.inputs = runner, inputs
-        self._seen = seen or (lambda hidden: None)
+        self._seen = seen
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """Logits [V] after the last of `ids` [S], from an empty cache."""
@@ -62,12 +64,26 @@ class SingleRow:
     def teacher_forced(self, scored: Scored) -> np.ndarray:
         """Logits [n, V] at the scored positions: the first by prefill, each further one by a decode step."""
         row, positions = self.inputs.rows[scored.row], scored.positions
-        out = [self.prefill(row[: positions[0] + 1])]
-        self._seen(self.runner.hidden)
+        out = [self._begin(row[: positions[0] + 1])]
         for position in positions[1:]:
             out.append(self.runner.decode(row[position : position + 1], np.ones(1, bool))[0].copy())
-            self._seen(self.runner.hidden)
+            self._show()
         return np.stack(out)
+
+    def _begin(self, ids: np.ndarray) -> np.ndarray:
+        """Prefill; in pieces where hidden states are wanted: those of a long row together would fill the memory."""
+        if self._seen is None:
+            return self.prefill(ids)
+        logits = self.prefill(ids[:PIECE])
+        self._show()
+        for start in range(PIECE, len(ids), PIECE):
+            logits = self.extend(ids[start : start + PIECE])
+            self._show()
+        return logits
+
+    def _show(self) -> None:
+        if self._seen is not None:
+            self._seen(self.runner.hidden)
 
     def chunk_errors(self, expected: np.ndarray) -> tuple[float, float]:
         """The prompt in three uneven chunks; and again from a kept prefix after other ids went over it."""
