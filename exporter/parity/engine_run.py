@@ -44,7 +44,7 @@ def run_engine(open_runner: OpenRunner, inputs: ParityInputs, max_batch: int, ad
         advance((len(scored) + 2) / (len(scored) + 3), "engine, ragged batch")
         with open_runner(batch, False) as runner:
             ragged = ragged_error(runner, inputs, batch, logits[1 : 1 + batch])
-    return EngineRun(np.concatenate(logits), chunked, reuse, ragged)
+    return EngineRun(join_rows(logits), chunked, reuse, ragged)
 
 
 class SingleRow:
@@ -64,11 +64,13 @@ class SingleRow:
     def teacher_forced(self, scored: Scored) -> np.ndarray:
         """Logits [n, V] at the scored positions: the first by prefill, each further one by a decode step."""
         row, positions = self.inputs.rows[scored.row], scored.positions
-        out = [self._begin(row[: positions[0] + 1])]
-        for position in positions[1:]:
-            out.append(self.runner.decode(row[position : position + 1], np.ones(1, bool))[0].copy())
+        first = self._begin(row[: positions[0] + 1])
+        out = np.empty((len(positions), len(first)), np.float32)
+        out[0] = first
+        for index, position in enumerate(positions[1:], 1):
+            out[index] = self.runner.decode(row[position : position + 1], np.ones(1, bool))[0]
             self._show()
-        return np.stack(out)
+        return out
 
     def _begin(self, ids: np.ndarray) -> np.ndarray:
         """Prefill; in pieces where hidden states are wanted: those of a long row together would fill the memory."""
@@ -114,6 +116,17 @@ def ragged_error(runner: Runner, inputs: ParityInputs, batch: int, single: list[
             logits = runner.decode(tokens, active)
             errors.extend(relative_l2_error(single[b][step + 1], logits[b]) for b in np.flatnonzero(active))
     return max(errors)
+
+
+def join_rows(parts: list[np.ndarray]) -> np.ndarray:
+    """[R, V] from parts [r, V], which are let go one by one: logits are too large to be held twice."""
+    out = np.empty((sum(map(len, parts)), parts[0].shape[1]), parts[0].dtype)
+    start = 0
+    while parts:
+        part = parts.pop(0)
+        out[start : start + len(part)] = part
+        start += len(part)
+    return out
 
 
 def _lengths(ids: np.ndarray) -> np.ndarray:

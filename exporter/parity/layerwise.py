@@ -19,7 +19,7 @@ from typing import IO, Self
 
 import numpy as np
 
-from exporter.parity.engine_run import OpenRunner, SingleRow
+from exporter.parity.engine_run import OpenRunner, SingleRow, join_rows
 from exporter.parity.inputs import ParityInputs
 from exporter.parity.metrics import ErrorSums, relative_l2_error
 from exporter.parity.reference import EagerLayer, EagerModel
@@ -85,7 +85,7 @@ def _instrumented(
         for index, each in enumerate(scored):
             advance(0.5 * index / len(scored), f"engine with hidden states, {each.group} row")
             logits.append(row.teacher_forced(each))
-    return np.concatenate(logits)
+    return join_rows(logits)
 
 
 class HiddenStates:
