@@ -32,7 +32,8 @@ def list_targets() -> list[dict[str, Any]]:
     """Each target: usable here or why not, versions, and its support level per recipe."""
     entries = []
     for name in TARGETS:
-        target, probe = get_target(name), get_target(name).probe()
+        target = get_target(name)
+        probe = target.probe()
         levels = {recipe: target.supports(TYPICAL, preset(recipe)).level for recipe in PRESETS}
         entries.append(
             {

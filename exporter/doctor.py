@@ -81,6 +81,7 @@ def _package(name: str, purpose: str) -> Check:
 
 
 def _target(name: str) -> Check:
-    support = get_target(name).probe()
-    detail = support.why or ", ".join(f"{n} {v}" for n, v in get_target(name).versions().items() if v)
+    target = get_target(name)
+    support = target.probe()
+    detail = support.why or ", ".join(f"{n} {v}" for n, v in target.versions().items() if v)
     return Check(f"target {name}", support.usable, detail, support.remedy)

@@ -22,7 +22,7 @@ from exporter.memory import check_peak
 from exporter.options import BuildOptions
 from exporter.plan import check_memory_budget, first_blocker, requested_recipe
 from exporter.version import VERSION
-from targets.base import BuildResult, BuildSource, Limits, Target
+from targets.base import BuildResult, BuildSource, Limits, Target, built_by
 from targets.registry import get_target
 
 if TYPE_CHECKING:
@@ -173,8 +173,3 @@ def _manifest(job: Job, source_digest: str, result: BuildResult, report: "Verify
         parity=report.to_json() if report else None,
         proof=report.proof.to_json() if report else unproven,
     )
-
-
-def built_by(target: Target) -> str:
-    """The toolchain in words, for proofs: `onnxruntime 1.31.1`."""
-    return f"{target.name} {target.versions().get(target.name, '')}".strip()

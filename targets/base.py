@@ -140,3 +140,8 @@ class Target(Protocol):
     def runner(self, engine_dir: Path, config: ModelConfig, limits: Limits, options: RunOptions) -> Runner:
         """Load an engine built before. Raises UnsupportedError when the runtime is missing."""
         ...
+
+
+def built_by(target: Target) -> str:
+    """The toolchain in words, for proofs: `onnxruntime 1.31.1`."""
+    return f"{target.name} {target.versions().get(target.name, '')}".strip()

@@ -21,7 +21,7 @@ from exporter.parity.report import Divergence, Proof, StageResult, VerifyReport
 from exporter.parity.scoring import Advance, Expectation, expect
 from exporter.parity.stages import StageResults, verify_stages
 from exporter.parity.weight_values import RecipeValues, WeightPrecisions
-from targets.base import Limits, RowReader, Runner, RunOptions, Target
+from targets.base import Limits, RowReader, Runner, RunOptions, Target, built_by
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,6 @@ class EngineUnderTest:
         text = read_text(self.text) if self.text else None
         checkpoint = self.checkpoint
         return parity_inputs(checkpoint.path, checkpoint.config, self.limits.max_seq_len, text, self.plan)
-
-    @property
-    def built_by(self) -> str:
-        return f"{self.target.name} {self.target.versions().get(self.target.name, '')}".strip()
 
 
 def verify_build(
@@ -136,7 +132,7 @@ def _report(
         perplexity_reference=result.metrics.perplexity_reference if result else np.nan,
         perplexity_engine=result.metrics.perplexity if result else np.nan,
         checks=checks,
-        proof=Proof(stages.passed if stages else None, engine.built_by, True if result else None),
+        proof=Proof(stages.passed if stages else None, built_by(engine.target), True if result else None),
         stages=shown,
         first_divergence=_first(stages, result, recipe_errors),
         positions=result.metrics.positions if result else 0,

@@ -18,7 +18,7 @@ from exporter.parity.report import VerifyReport
 from exporter.parity.verify import EngineUnderTest, verify_artifact, verify_build
 from exporter.passes.pipeline import fuse
 from exporter.trace.trace import trace
-from targets.base import BuildSource, Limits, Runner
+from targets.base import BuildSource, Limits, Runner, built_by
 from targets.onnxruntime.target import OnnxRuntimeTarget
 from tests.conftest import CheckpointFactory
 from tests.parity.faults import FAULTS, Fault, plant
@@ -126,7 +126,7 @@ def test_failed_stage_ends_the_verification(workshop: Workshop) -> None:
     with pytest.raises(ParityError) as caught:
         verify_build(engine, workshop.traced, damaged, damaged, rows, NoProgress())
     report = caught.value.report
-    assert report["proof"] == {"graph_parity": False, "built_by": engine.built_by, "engine_run": None}
+    assert report["proof"] == {"graph_parity": False, "built_by": built_by(engine.target), "engine_run": None}
     assert report["first_divergence"]["layer"] == 2  # type: ignore[index]
 
 
