@@ -43,10 +43,10 @@ define install
 endef
 
 $(VENV)/.demo: pyproject.toml
-	$(call install,-e '.[build$(,)onnxruntime]')
+	$(call install,-e '.[build$(,)onnxruntime$(,)tvm]')
 
 # setuptools: tests/test_wheel.py builds the wheel without a second environment.
 $(VENV)/.test: pyproject.toml
-	$(call install,'setuptools>=77' -e '.[build$(,)onnxruntime$(,)genai$(,)test$(,)lint]')
+	$(call install,'setuptools>=77' -e '.[build$(,)onnxruntime$(,)tvm$(,)genai$(,)test$(,)lint]')
 
 , := ,

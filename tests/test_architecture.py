@@ -26,13 +26,24 @@ HOMES = {
     "onnxruntime": ("targets.onnxruntime",),
     "onnxruntime_genai": ("targets.onnxruntime",),
     "tvm": ("targets.tvm",),
+    "tvm_ffi": ("targets.tvm",),
     "tensorrt": ("targets.tensorrt",),
     "tensorrt_llm": ("targets.tensorrt_llm",),
     "modelopt": ("calibration",),
 }
 # Imported at module top only where the module itself is imported lazily by everyone else.
-HEAVY = ("torch", "transformers", "onnxscript", "onnxruntime", "onnxruntime_genai", "tvm", "tensorrt", "modelopt")
-HEAVY_AT_TOP = ("exporter.trace", "exporter.passes", "exporter.parity")
+HEAVY = (
+    "torch",
+    "transformers",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime_genai",
+    "tvm",
+    "tvm_ffi",
+    "tensorrt",
+    "modelopt",
+)
+HEAVY_AT_TOP = ("exporter.trace", "exporter.passes", "exporter.parity", "targets.tvm.kernels", "targets.tvm.lower")
 
 
 @dataclass(frozen=True)

@@ -42,16 +42,18 @@ def size(name: str) -> tirx.Var:
     return tirx.Var(name, "int64")
 
 
-def argument(name: str, shape: tuple[Expr, ...], dtype: str) -> Expr:
-    """The next parameter of the kernel, a contiguous tensor of `shape` that starts on a 64-byte boundary.
+def arguments(**shapes: tuple[tuple[Expr, ...], str]) -> Iterator[Expr]:
+    """The kernel's parameters in order, name=(shape, dtype): contiguous tensors that start on a 64-byte boundary.
 
-    It is addressed flat, whatever its shape: one index counts elements. A length made by `size` must stand alone in
-    the shape of the first parameter that has it (`(rows, 64)`, not `(rows * 64,)`).
+    Called once, at the top; gives buffers that are addressed flat, whatever their shape: one index counts elements.
+    A length made by `size` must stand alone in the shape of the first parameter that has it (`(rows, 64)`, not
+    `(rows * 64,)`).
     """
-    tensor = T.match_buffer(T.arg(name, T.handle()), shape, dtype, align=64)
-    if len(shape) == 1:
-        return tensor
-    return T.decl_buffer((prod(shape),), dtype, data=tensor.data, align=64)
+    tensors = [
+        T.match_buffer(T.arg(name, T.handle()), shape, dtype, align=64) for name, (shape, dtype) in shapes.items()
+    ]
+    for tensor, (shape, dtype) in zip(tensors, shapes.values(), strict=True):
+        yield tensor if len(shape) == 1 else T.decl_buffer((prod(shape),), dtype, data=tensor.data, align=64)
 
 
 class Registers:

@@ -1,7 +1,9 @@
 """Arithmetic on vectors that depends on the instruction set: multiply-add, half floats, exponentials."""
 
+from tvm.script.ir_builder import tirx as T
+
 from targets.tvm.isa import Isa
-from targets.tvm.kernels.ir import Expr, T, float_vector, int_vector, intrinsic, load
+from targets.tvm.kernels.ir import Expr, float_vector, int_vector, intrinsic, load
 
 # 2^f on [-1/2, 1/2], relative error below 3e-7 (Taylor coefficients ln(2)^n / n!).
 EXP2 = (1.0, 0.69314718056, 0.24022650696, 0.05550410866, 0.00961812911, 0.00133335581, 0.00015403530)
