@@ -1,0 +1,13 @@
+"""Rows of activations that one tile of a matrix product holds in registers; what packs activations agrees on it."""
+
+from targets.tvm.isa import Isa
+
+
+def rows_per_tile(isa: Isa) -> int:
+    """MR: rows of a full tile. A tile has 2 vectors of columns, so 4 * MR registers accumulate.
+
+    Activations of M rows are packed as M // MR blocks [K / 4][MR] and, where M % MR = r > 0, one last block [K / 4][r].
+    """
+    if isa.dot == "smull":
+        return 4
+    return 6 if isa.registers >= 32 else 4
