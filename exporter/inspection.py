@@ -54,5 +54,5 @@ class Inspection:
 def inspect_artifact(path: Path, for_host: bool, expect_digest: str | None) -> Inspection:
     """Open and describe. Raises ArtifactError for damage, another digest, or (with `for_host`) a host that differs."""
     artifact = open_artifact(path, expect_digest=expect_digest, host=for_host)
-    fits = not check_host(artifact.manifest) if for_host else None
+    fits = not check_host(artifact.manifest.triple, artifact.manifest.requirements) if for_host else None
     return Inspection(artifact.path, artifact.digest, artifact.manifest, fits)

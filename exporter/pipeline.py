@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.coverage import Coverage, coverage
 from calibration.weight_rows import WeightRows
-from exporter.artifact.host import triple
 from exporter.artifact.manifest import Manifest, PrecisionTable, Source, write_manifest
 from exporter.artifact.staging import check_output, staged_directory
 from exporter.artifact.tokenizer_files import read_tokenizer
@@ -15,6 +14,7 @@ from exporter.core.canonical import CanonicalModel
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
 from exporter.core.errors import UnsupportedError
+from exporter.core.machine import triple
 from exporter.core.progress import NoProgress, Progress, stage
 from exporter.core.recipe import Recipe
 from exporter.core.traced import TracedModel

@@ -1,5 +1,6 @@
 """What every target offers: probe, supports, build, runner. docs/targets.md describes the contract."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 from exporter.core.canonical import CanonicalModel, CheckpointWeight
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
+from exporter.core.errors import InputError, UnsupportedError
 from exporter.core.progress import Progress
 from exporter.core.recipe import Recipe
 from exporter.core.support import Support
 from exporter.core.weights import QuantizedRows
 
+MAX_TUNE_MINUTES = 7 * 24 * 60
 RowReader = Callable[[CheckpointWeight, int, int], "np.ndarray | QuantizedRows"]
 
 
@@ -25,6 +28,31 @@ class Limits:
 
     max_batch: int
     max_seq_len: int
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """The machine an engine is for, as asked: a name of `Target.devices`, or LLVM's triple, CPU and features
+    (`+dotprod`); nothing means this machine. `tune_minutes` searches kernel parameters that long, beginning from,
+    and writing to, the file `tuning` where it is given. Targets that know no devices take none of it.
+    """
+
+    device: str | None = None
+    mtriple: str | None = None
+    mcpu: str | None = None
+    mattr: tuple[str, ...] = ()
+    tune_minutes: float = 0.0
+    tuning: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tune_minutes) and 0 <= self.tune_minutes <= MAX_TUNE_MINUTES):
+            raise InputError("usage.tune", f"--tune is {self.tune_minutes}", f"give 0 to {MAX_TUNE_MINUTES} minutes")
+        if self.device is not None and (self.mtriple or self.mcpu or self.mattr):
+            raise InputError(
+                "usage.device",
+                f"--device {self.device} is given beside --mtriple, --mcpu or --mattr",
+                "give one of them",
+            )
 
 
 @dataclass(frozen=True)
@@ -38,6 +66,7 @@ class BuildSource:
     checkpoint: Checkpoint
     rows: RowReader
     limits: Limits
+    device: DeviceOptions = DeviceOptions()
 
 
 @dataclass(frozen=True)
@@ -45,7 +74,8 @@ class BuildResult:
     """What a build wrote: files relative to its directory, toolchain versions, input and output signature.
 
     `signature` maps tensor names to {"dtype": ..., "shape": [...]}; `weights_bytes` counts weight data alone;
-    `requirements` is what the engine needs of a host ({"cpu_features": [...]}).
+    `requirements` is what the engine needs of a host ({"cpu_features": [...]}), `triple` the machine and system it is
+    for (`aarch64-linux`) where that is not this machine's.
     """
 
     files: list[str]
@@ -53,6 +83,7 @@ class BuildResult:
     signature: dict[str, dict[str, dict[str, object]]]
     weights_bytes: int
     requirements: dict[str, object] = field(default_factory=dict)
+    triple: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +160,18 @@ class Target(Protocol):
         """native, emulated or refused, before any weight is read."""
         ...
 
+    def default_kv_cache(self, recipe: Recipe) -> str:
+        """The storage of keys and values where neither the recipe nor the user names one."""
+        ...
+
+    def devices(self) -> dict[str, str]:
+        """What `DeviceOptions.device` may name, each with one sentence; empty: this machine only."""
+        ...
+
+    def check_device(self, options: DeviceOptions) -> None:
+        """Raise InputError for an unknown device, UnsupportedError for one that engines cannot be built for."""
+        ...
+
     def capabilities(self) -> dict[str, Support]:
         """The recipe x target table, whatever the model: each precision (`int4/g32`) and `kv-cache KIND`."""
         ...
@@ -145,3 +188,25 @@ class Target(Protocol):
 def built_by(target: Target) -> str:
     """The toolchain in words, for proofs: `onnxruntime 1.31.1`."""
     return f"{target.name} {target.versions().get(target.name, '')}".strip()
+
+
+def refuse_devices(target: str, options: DeviceOptions) -> None:
+    """Raise UnsupportedError where any device option is given: for targets that build for this machine alone."""
+    given = [
+        flag
+        for flag, value in (
+            ("--device", options.device),
+            ("--mtriple", options.mtriple),
+            ("--mcpu", options.mcpu),
+            ("--mattr", options.mattr),
+            ("--tune", options.tune_minutes),
+            ("--tuning", options.tuning),
+        )
+        if value
+    ]
+    if given:
+        raise UnsupportedError(
+            "target.device",
+            f"target {target} builds for this machine alone and takes no {', '.join(given)}",
+            f"leave {', '.join(given)} out, or use --target tvm",
+        )

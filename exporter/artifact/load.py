@@ -47,7 +47,7 @@ def open_artifact(path: Path | str, expect_digest: str | None = None, host: bool
             f"the engine was built for the target {manifest.target!r}, unknown to this version",
             "install the enginesmith version that built it, or a newer one",
         )
-    if host and (mismatches := check_host(manifest)):
+    if host and (mismatches := check_host(manifest.triple, manifest.requirements)):
         raise ArtifactError("artifact.host", mismatches[0].message, mismatches[0].remedy)
     check_files(path, manifest.files)
     return Artifact(path, manifest, digest)

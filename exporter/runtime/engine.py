@@ -7,10 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from exporter.artifact.host import physical_cores
 from exporter.artifact.load import Artifact, open_artifact
 from exporter.artifact.manifest import Manifest
 from exporter.core.errors import InputError, UnsupportedError
+from exporter.core.machine import physical_cores
 from exporter.core.threads import check_threads
 from exporter.runtime.chat import ChatTemplate
 from exporter.runtime.generate import Generation, generate_batch

@@ -1,10 +1,10 @@
 """How engines are opened: session options, threads, and errors in words."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.core.errors import ArtifactError, UnsupportedError
+from exporter.core.machine import physical_cores
 from targets.onnxruntime.file_names import DATA
 from targets.onnxruntime.mapped_pages import drop_mapped_pages
 
@@ -55,17 +55,3 @@ def _with_outputs(path: Path, names: list[str]) -> bytes:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     serialized: bytes = model.SerializeToString()
     return serialized
-
-
-def physical_cores() -> int:
-    """Physical cores that this process may run on: hyper-threads of one core share its vector units."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        try:
-            package = (topology / "physical_package_id").read_text().strip()
-            cores.add((package, (topology / "core_id").read_text().strip()))
-        except OSError:
-            return len(allowed)
-    return max(1, len(cores))

@@ -8,7 +8,7 @@ from exporter.core.config import ModelConfig
 from exporter.core.progress import Progress
 from exporter.core.recipe import Recipe
 from exporter.core.support import Support
-from targets.base import BuildResult, BuildSource, Limits, Runner, RunOptions
+from targets.base import BuildResult, BuildSource, DeviceOptions, Limits, Runner, RunOptions, refuse_devices
 from targets.onnxruntime.file_names import MODEL
 from targets.onnxruntime.support import capabilities, recipe_support
 
@@ -39,6 +39,15 @@ class OnnxRuntimeTarget:
 
     def supports(self, config: ModelConfig, recipe: Recipe) -> Support:
         return recipe_support(recipe)
+
+    def default_kv_cache(self, recipe: Recipe) -> str:
+        return "fp32"
+
+    def devices(self) -> dict[str, str]:
+        return {}
+
+    def check_device(self, options: DeviceOptions) -> None:
+        refuse_devices(self.name, options)
 
     def capabilities(self) -> dict[str, Support]:
         return capabilities()

@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from exporter.artifact.host import triple
 from exporter.artifact.manifest import Manifest, PrecisionTable, Source, TensorPrecision, write_manifest
 from exporter.core.config import ModelConfig, parse_config
+from exporter.core.machine import triple
 from exporter.core.recipe import Precision, Recipe
 from targets.base import Limits
 
