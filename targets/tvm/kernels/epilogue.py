@@ -4,11 +4,10 @@ A matrix of N rows is walked in blocks of two vectors. For `plain` and `add` the
 For `swiglu` they are `lanes` rows of the gate and the matching rows of the up projection.
 """
 
-from collections.abc import Iterator
-
 from tvm.script.ir_builder import tirx as T
 
-from targets.tvm.kernels.ir import Expr, Registers, float_vector, load, store
+from targets.tvm.kernels.ir import Expr, Registers
+from targets.tvm.kernels.partial import load_part, store_part
 from targets.tvm.kernels.silu import silu
 from targets.tvm.kernels.vector import Vectors
 
@@ -31,7 +30,7 @@ class Epilogue:
         self.step = self.lanes if self.gated else 2 * self.lanes
         self.blocks = -(-self.width // self.step)
         self.rest = self.width % self.step
-        self.edge = Registers("float32", self.lanes, 4)
+        self.edge = Registers("float32", self.lanes, 2)
 
     def write(self, y: Expr, row: Expr, block: Expr, values: Registers, first: int, bias: Expr = None) -> None:
         """values[first] and values[first + 1], the block of `row`, go to y; `bias` is the matrix's, float32 [N].
@@ -63,32 +62,9 @@ class Epilogue:
 
     def _add_bias(self, values: Registers, index: int, bias: Expr, column: Expr, count: int) -> None:
         if bias is not None:
-            values[index] = values[index] + self._load(bias, column, count, 1)
+            values[index] = values[index] + load_part(bias, column, count, self.edge, 0)
 
     def _store(self, y: Expr, start: Expr, values: Registers, index: int, count: int) -> None:
         if self.kind == "add":
-            values[index] = values[index] + self._load(y, start, count, 2)
-        if count == self.lanes:
-            store(y, start, values[index], self.lanes)
-            return
-        self.edge[3] = values[index]
-        for offset, part in pieces(count):
-            store(y, start + offset, load(self.edge.buffer, 3 * self.lanes + offset, part), part)
-
-    def _load(self, source: Expr, start: Expr, count: int, register: int) -> Expr:
-        """`count` values and zeros behind them."""
-        if count == self.lanes:
-            return load(source, start, self.lanes)
-        self.edge[register] = float_vector(0.0, self.lanes)
-        for offset, part in pieces(count):
-            store(self.edge.buffer, register * self.lanes + offset, load(source, start + offset, part), part)
-        return self.edge[register]
-
-
-def pieces(count: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) with lengths that are powers of two, the largest first: 13 = 8 + 4 + 1."""
-    offset = 0
-    while offset < count:
-        part = 1 << ((count - offset).bit_length() - 1)
-        yield offset, part
-        offset += part
+            values[index] = values[index] + load_part(y, start, count, self.edge, 0)
+        store_part(y, start, values[index], count, self.edge, 1)

@@ -9,8 +9,9 @@ pytest.importorskip("tvm")
 from tvm.script.ir_builder import tirx as T
 
 from targets.tvm.isa import Isa
-from targets.tvm.kernels.epilogue import Epilogue, pieces
+from targets.tvm.kernels.epilogue import Epilogue
 from targets.tvm.kernels.ir import Registers, arguments, kernel, load, size
+from targets.tvm.kernels.partial import pieces
 from targets.tvm.kernels.vector import Vectors
 
 ROWS = 3
