@@ -1,0 +1,157 @@
+"""Integer matrices: y = x W^T on int8 activations, straight from the packed weight stream, for any number of rows.
+
+Every task walks blocks of the matrix; for one block, all rows of activations pass in tiles of `rows_per_tile`, and
+the rest in a smaller tile. The first tile streams the block from memory, the others find it in the second-level cache.
+"""
+
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from exporter.core.recipe import Precision
+from targets.tvm.isa import Isa
+from targets.tvm.kernels.dot import dots, nibbles
+from targets.tvm.kernels.epilogue import Epilogue
+from targets.tvm.kernels.ir import (
+    Expr,
+    Registers,
+    arguments,
+    broadcast,
+    float_vector,
+    int_vector,
+    kernel,
+    load,
+    prefetch,
+    size,
+)
+from targets.tvm.kernels.tile import rows_per_tile
+from targets.tvm.kernels.vector import Vectors
+from targets.tvm.packing import Layout, layout
+
+AHEAD = 8192
+"""Bytes of the weight stream that are asked for before they are needed."""
+
+
+def linear_int(
+    isa: Isa, name: str, precision: Precision, rows: int, width: int, epilogue: str, bias: bool
+) -> tirx.PrimFunc:
+    """codes int32 [M, K/4], scales float32 [M, G], sums int32 [M, G], weights uint8, (bias float32 [N]) -> y.
+
+    Activations are packed by rows as tile.py says, weights as packing.py. `epilogue`: see Epilogue; with `swiglu` the
+    matrix is interleaved. Sums of products within a group are exact integers; groups are added in float32, in order.
+    """
+    packed = layout(precision, rows, width, isa, epilogue == "swiglu")
+    m = size("m")
+    y_width = rows // 2 if epilogue == "swiglu" else rows
+    shapes: dict[str, tuple[tuple[Expr, ...], str]] = {
+        "codes": ((m, width // 4), "int32"),
+        "scales": ((m, packed.groups), "float32"),
+        "sums": ((m, packed.groups), "int32"),
+        "weights": (packed.shape, packed.dtype),
+        **({"bias": ((rows,), "float32")} if bias else {}),
+        "y": ((m, y_width), "float32"),
+    }
+    with kernel(name) as finished:
+        tensors = dict(zip(shapes, arguments(**shapes), strict=True))
+        product = Product(isa, packed, Epilogue(Vectors(isa), epilogue, rows), tensors)
+        with T.parallel(0, packed.blocks) as block:
+            _every_row(rows_per_tile(isa), m, lambda count, first: product.tile(count, first, block))
+    return finished()
+
+
+def _every_row(tile: int, m: Expr, emit: Callable[[int, Expr], None]) -> None:
+    """emit(rows of a tile, its first row) for full tiles, then for the rest."""
+    with T.serial(0, m // tile) as number:
+        emit(tile, number * tile)
+    for rest in range(1, tile):
+        with T.If(m % tile == rest), T.Then():
+            emit(rest, m - rest)
+
+
+class Product:
+    """Emits tiles: some rows of activations times one block of the matrix."""
+
+    def __init__(self, isa: Isa, packed: Layout, epilogue: Epilogue, tensors: dict[str, Expr]) -> None:
+        self.isa, self.packed, self.epilogue, self.tensors = isa, packed, epilogue, tensors
+        self.vectors, self.lanes = Vectors(isa), isa.lanes
+        self.bits = packed.precision.bits
+        self.chunk = 32 // self.bits  # columns of one stored word
+        self.piece = min(packed.group, 32)  # columns that are unrolled
+
+    def tile(self, rows: int, first: Expr, block: Expr) -> None:
+        """y[first .. first + rows] of a block; `first` may be a TIR expression."""
+        packed, tensors = self.packed, self.tensors
+        outputs = Registers("float32", self.lanes, 2 * rows)
+        scales = Registers("float32", self.lanes, 2)
+        # A single row has too few sums to keep the multipliers busy: every second word goes to a second set.
+        chains = 2 if rows == 1 else 1
+        sums = dots(self.isa, self.bits, 2 * rows * chains, 2 * self.chunk // 4)
+        for index in range(2 * rows):
+            outputs[index] = float_vector(0.0, self.lanes)
+        with T.serial(0, packed.groups) as group:
+            record = (block * packed.groups + group) * packed.record
+            for line in range(-(-packed.record // 64)):
+                prefetch(tensors["weights"], record + AHEAD + 64 * line)
+            at = first * packed.groups + group * rows
+            self._start(sums, rows, chains, record, at)
+            words = first * (packed.width // 4) + group * (packed.group // 4 * rows)
+            self._pieces(sums, rows, chains, record, words)
+            for vector in range(2):
+                scales[vector] = self.vectors.half_from_bytes(
+                    tensors["weights"], record + packed.scales_at + 2 * self.lanes * vector
+                )
+            for index in range(2 * rows):
+                total = sums.total(index)
+                for chain in range(1, chains):
+                    total = total + sums.total(index + 2 * rows * chain)
+                scale = scales[index % 2] * broadcast(tensors["scales"][at + index // 2], self.lanes)
+                outputs[index] = self.vectors.fma(T.cast(total, self.vectors.float), scale, outputs[index])
+        for row in range(rows):
+            self.epilogue.write(tensors["y"], first + row, block, outputs, 2 * row, tensors.get("bias"))
+
+    def _start(self, sums, rows: int, chains: int, record: Expr, at: Expr) -> None:
+        """Sums begin with what the codes' offset and zero points contribute."""
+        packed, lanes = self.packed, self.lanes
+        zeros = None
+        if not packed.precision.symmetric:
+            zeros = Registers("int32", lanes, 2)
+            for vector in range(2):
+                stored = load(self.tensors["weights"], record + packed.zeros_at + lanes * vector, lanes)
+                zeros[vector] = int_vector(-packed.zero, lanes) - T.cast(stored, self.vectors.int)
+        for index in range(2 * rows * chains):
+            sums.start(index, int_vector(0, lanes))
+            if index >= 2 * rows:
+                continue
+            total = self.tensors["sums"][at + index // 2]
+            if zeros is not None:
+                sums.start(index, zeros[index % 2] * broadcast(total, lanes))
+            elif packed.zero:
+                sums.start(index, broadcast(total * -packed.zero, lanes))
+
+    def _pieces(self, sums, rows: int, chains: int, record: Expr, words: Expr) -> None:
+        """All columns of a group, `piece` of them unrolled."""
+        count = self.packed.group // self.piece
+        if count == 1:
+            self._piece(sums, rows, chains, record, words)
+            return
+        with T.serial(0, count) as number:
+            start = record + number * (self.piece // self.chunk * 4 * self.lanes)
+            self._piece(sums, rows, chains, start, words + number * (self.piece // 4 * rows))
+
+    def _piece(self, sums, rows: int, chains: int, start: Expr, words: Expr) -> None:
+        """`piece` columns: stored words at `start` of the first vector of rows, activations at `words`."""
+        for chunk in range(self.piece // self.chunk):
+            for vector in range(2):
+                at = start + vector * self.packed.vector_codes + chunk * 4 * self.lanes
+                codes = load(self.tensors["weights"], at, 4 * self.lanes)
+                for half, part in enumerate(nibbles(codes, self.lanes) if self.bits == 4 else (codes,)):
+                    sums.weigh(2 * half + vector, part)
+            for half in range(self.chunk // 4):
+                step = chunk * (self.chunk // 4) + half
+                for row in range(rows):
+                    word = self.tensors["codes"][words + step * rows + row]
+                    for vector in range(2):
+                        index = 2 * row + vector + 2 * rows * (step % chains)
+                        sums.add(index, 2 * half + vector, word)
+        sums.close()

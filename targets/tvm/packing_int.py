@@ -1,0 +1,62 @@
+"""Packing integer codes: four consecutive columns of a row make one 32-bit word, and words are what moves."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from exporter.core.errors import UnsupportedError
+from exporter.core.weights import QuantizedRows
+
+if TYPE_CHECKING:
+    from targets.tvm.packing import Layout
+
+LARGEST_SCALE = 65504.0
+
+
+def pack_int(layout: "Layout", rows: QuantizedRows, wanted: int, out: np.ndarray, vectors: slice) -> None:
+    """Quantized rows [n <= wanted, K] go into `vectors` (0..1) of out uint8 [blocks, groups, record]; zeros behind."""
+    lanes, blocks = layout.lanes, len(out)
+    words = _stored_words(layout, np.ascontiguousarray(rows.codes).view(np.uint32))
+    codes = out[:, :, : layout.scales_at].view(np.uint32).reshape(blocks, layout.groups, 2, -1, lanes)
+    # [block, vector, lane, group, chunk] -> [block, group, vector, chunk, lane]
+    source = _filled(words, wanted).reshape(blocks, -1, lanes, layout.groups, codes.shape[3])
+    codes[:, :, vectors] = source.transpose(0, 3, 1, 4, 2)
+    scales = out[:, :, layout.scales_at : layout.zeros_at].view(np.float16).reshape(blocks, layout.groups, 2, lanes)
+    scales[:, :, vectors] = _grouped(_half(rows.scales), wanted, blocks, lanes)
+    if rows.zero_points is not None:
+        zeros = out[:, :, layout.zeros_at :].reshape(blocks, layout.groups, 2, lanes)
+        zeros[:, :, vectors] = _grouped(rows.zero_points, wanted, blocks, lanes)
+
+
+def _stored_words(layout: "Layout", words: np.ndarray) -> np.ndarray:
+    """Codes as 32-bit words of four columns [n, K / 4] -> words as stored: int4 [n, K / 8], int8 [n, K / 4]."""
+    if layout.precision.kind == "int8":
+        flip = 0x80808080 if layout.zero % 256 == 128 else 0  # adding or subtracting 128 flips a byte's top bit
+        return words ^ np.uint32(flip) if flip else words
+    low, high = words[:, 0::2], words[:, 1::2]
+    if layout.precision.symmetric:  # -8..7 -> 0..15
+        low = (low ^ np.uint32(0x08080808)) & np.uint32(0x0F0F0F0F)
+        high = (high ^ np.uint32(0x08080808)) & np.uint32(0x0F0F0F0F)
+    return low | (high << np.uint32(4))
+
+
+def _half(scales: np.ndarray) -> np.ndarray:
+    largest = float(np.max(np.abs(scales), initial=0.0))
+    if not largest <= LARGEST_SCALE:
+        raise UnsupportedError(
+            "tvm.scale_overflow",
+            f"a weight scale of {largest:g} does not fit float16",
+            "keep this matrix in a float precision, or use target onnxruntime",
+        )
+    return scales.astype(np.float16)
+
+
+def _grouped(values: np.ndarray, wanted: int, blocks: int, lanes: int) -> np.ndarray:
+    """[n, groups] -> [block, group, vector, lane]."""
+    return _filled(values, wanted).reshape(blocks, -1, lanes, values.shape[1]).transpose(0, 3, 1, 2)
+
+
+def _filled(values: np.ndarray, rows: int) -> np.ndarray:
+    if len(values) == rows:
+        return values
+    return np.concatenate([values, np.zeros((rows - len(values), values.shape[1]), values.dtype)])
