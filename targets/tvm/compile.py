@@ -1,0 +1,51 @@
+"""From the lowered model to object code: the short way through TVM, and the file that links it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from targets.tvm.devices import Device
+from targets.tvm.link import linker
+
+if TYPE_CHECKING:
+    import tvm
+
+    from targets.tvm.lower.program import LoweredModel
+
+CHUNK = 512
+"""Tokens of one step at most: longer prompts run in chunks."""
+
+
+def compile_engine(model: "LoweredModel", device: Device, library: Path) -> None:
+    """Write the engine's library for a device; the same model gives the same bytes."""
+    from targets.tvm.lower.relax_module import relax_module
+
+    compile_module(relax_module(model, device.isa, CHUNK), device, library)
+
+
+def compile_module(module: "tvm.IRModule", device: Device, library: Path) -> None:
+    """Compile and link a Relax module whose kernels are written: nothing is fused, scheduled or legalised."""
+    import tvm
+
+    executable = tvm.compile(module, tvm.target.Target(device.tvm_target()), relax_pipeline=_pipeline())
+    executable.export_library(str(library), fcompile=linker(device))
+
+
+def _pipeline() -> "tvm.transform.Pass":
+    """Relax to bytecode: buffers are planned once for the longest step, then every call is a plain call."""
+    import tvm
+    from tvm.relax import transform
+
+    return tvm.transform.Sequential(
+        [
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            transform.AttachGlobalSymbol(),
+        ]
+    )

@@ -1,0 +1,111 @@
+"""Writing the kernel calls of pending values: norms, quantized activations, products with their epilogues."""
+
+from targets.tvm.lower.emit_attention import write_attention
+from targets.tvm.lower.program import Kernel, Size, Tensor
+from targets.tvm.lower.slice_lowering import SliceLowering
+from targets.tvm.lower.values import Attended, Gated, Lowered, Norm, Product, Stream
+
+
+def activations(low: SliceLowering, value: Lowered) -> Tensor:
+    """A value as float32 [T, K] (or [Q, K] behind the choice of rows); each value is written once."""
+    if isinstance(value, Stream):
+        return read_stream(low, value)
+    if value not in low.written:
+        low.written[value] = (_write(low, value),)
+    return low.written[value][0]
+
+
+def read_stream(low: SliceLowering, stream: Stream) -> Tensor:
+    """The buffer of the residual stream; it is changed in place, so an older state cannot be read again."""
+    if stream.version != low.stream.version:
+        raise low.refuse("the residual stream is read after the next residual was added to it")
+    if stream.chosen:
+        raise low.refuse("chosen rows of the residual stream go to something else than a norm")
+    return low.parameters["hidden"]
+
+
+def width_of(low: SliceLowering, value: Lowered) -> int:
+    """How many columns a value has."""
+    if isinstance(value, Product):
+        return value.matrix.rows
+    if isinstance(value, Gated):
+        return value.product.matrix.rows // 2
+    if isinstance(value, Attended):
+        return value.query.heads * value.query.head_dim
+    return low.setting.config.hidden_size
+
+
+def rows_of(value: Lowered) -> str:
+    """`Q` for what is computed for the wanted rows alone, else `T`."""
+    while isinstance(value, Product | Gated):
+        value = value.product if isinstance(value, Gated) else value.x
+    stream = value.stream if isinstance(value, Norm) else value
+    return "Q" if isinstance(stream, Stream) and stream.chosen else "T"
+
+
+def write_product(low: SliceLowering, product: Product, epilogue: str, into: Tensor | None = None) -> Tensor:
+    """A product: stored (`plain`), added to `into` (`add`) or gated (`swiglu`); returns what holds the result.
+
+    With `plain`, `into` is filled instead of a new tensor.
+    """
+    matrix, precision = product.matrix, product.matrix.weight.precision
+    if (found := width_of(low, product.x)) != matrix.width:
+        raise low.refuse(f"{matrix.name} multiplies {found} columns, it has {matrix.width}")
+    if precision.is_integer:
+        group = precision.group_size or 0
+        if group == 0 or matrix.width % group:
+            raise low.refuse(f"{matrix.name} has {matrix.width} columns, no multiple of its groups of {group}")
+        inputs = [*quantized(low, product.x, group)]
+        what: tuple[object, ...] = (precision, matrix.rows, matrix.width, epilogue, product.bias is not None)
+        kernel = Kernel("linear_int", what)
+    else:
+        inputs = [activations(low, product.x)]
+        kernel = Kernel("linear_float", (precision.kind, matrix.rows, matrix.width, epilogue, product.bias is not None))
+    inputs.append(low.weight(matrix, interleaved=epilogue == "swiglu"))
+    if product.bias is not None:
+        inputs.append(low.vector(product.bias, matrix.rows))
+    if into is not None:
+        low.call(kernel, inputs, written=(into,))
+        return into
+    columns = matrix.rows // 2 if epilogue == "swiglu" else matrix.rows
+    return low.call(kernel, inputs, [("float32", (rows_of(product.x), columns))])[0]
+
+
+def quantized(low: SliceLowering, value: Lowered, group: int) -> tuple[Tensor, ...]:
+    """A value as int8 codes (four a word), scales and sums of each group; all readers share them."""
+    key = ("quantized", value, group)
+    if key not in low.written:
+        rows, width = rows_of(value), width_of(low, value)
+        outputs: list[tuple[str, tuple[Size, ...]]] = [
+            ("int32", (rows, width // 4)),
+            ("float32", (rows, width // group)),
+            ("int32", (rows, width // group)),
+        ]
+        if isinstance(value, Norm):
+            kernel = Kernel("norm_quantize", (width, group, value.epsilon, value.stream.chosen))
+            low.written[key] = low.call(kernel, _norm_inputs(low, value), outputs)
+        else:
+            x = activations(low, value)
+            low.written[key] = low.call(Kernel("quantize", (width, group)), [x], outputs)
+    return low.written[key]
+
+
+def _write(low: SliceLowering, value: Lowered) -> Tensor:
+    if isinstance(value, Norm):
+        width = width_of(low, value)
+        kernel = Kernel("norm", (width, value.epsilon, value.stream.chosen))
+        return low.call(kernel, _norm_inputs(low, value), [("float32", (rows_of(value), width))])[0]
+    if isinstance(value, Product):
+        return write_product(low, value, "plain")
+    if isinstance(value, Gated):
+        return write_product(low, value.product, "swiglu")
+    if isinstance(value, Attended) and value.merged:
+        return write_attention(low, value, activations(low, value.query.part.product))
+    raise low.refuse(f"the numbers of an unfinished {type(value).__name__} are asked for")
+
+
+def _norm_inputs(low: SliceLowering, norm: Norm) -> list[Tensor]:
+    stream = norm.stream
+    x = read_stream(low, Stream(stream.version))
+    gamma = low.vector(norm.gamma, low.setting.config.hidden_size)
+    return [x, low.parameters["out_rows"], gamma] if stream.chosen else [x, gamma]
