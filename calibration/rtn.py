@@ -2,8 +2,9 @@
 
 For one group of weights w, each step size of a short search gives codes q. The scale that fits them best is
 s = sum(q w) / sum(q q); it takes sum(q w)^2 / sum(q q) off the squared error sum(w w). The step that takes off most
-wins; its fitted scale gives new codes, which are never worse (Lloyd 1982), and those one last fit. Symmetric scales
-carry the sign that maps the largest weight to code -8, so that all 16 codes are in use.
+wins; its fitted scale gives new codes, which are never worse (Lloyd 1982), and those one last fit. That scale is
+rounded to float16, as some targets store it, and the codes are chosen for what is left: every target computes with the
+same numbers. Symmetric scales carry the sign that maps the largest weight to code -8, so that all 16 codes are in use.
 
 The work goes in blocks that fit a core's cache. A group's result depends on its own weights alone: neither chunks
 nor threads change a bit of it.
@@ -29,6 +30,9 @@ LARGE_GROUP = 64
 # How many codes the range of a group spans, 15 being plain. Within 1.2 % of a search over 48 steps x 16 zero points.
 ASYMMETRIC_STEPS = (15.0, 14.4, 15.7, 16.4)
 FLOAT32_MAX = np.finfo(np.float32).max
+# Scales in this range are float16 values. Below 2^-14 float16 loses digits; at 2^-17 a scale still errs by less than
+# 1/256, so that the largest of 127 steps stays in reach. What is smaller or larger stays float32.
+HALF_MIN, HALF_MAX = np.float32(2.0**-17), np.float32(65504)
 
 # (groups [n, g] as stored, float32 workspace [3, n, g]) -> codes as float32 [n, g] (a part of the workspace),
 # scales float32 [n, 1], zero points float32 [n, 1] or None
@@ -95,7 +99,9 @@ def _search_symmetric(groups: np.ndarray, work: np.ndarray) -> tuple[np.ndarray,
         best_gain, best_scale = np.where(better, gain, best_gain), np.where(better, scale, best_scale)
     np.multiply(weights, 1 / _nonzero(best_scale), out=codes)
     scale, _ = _fit(weights, _clip_symmetric(codes))
-    return codes, _finite(scale, unit, 8), None
+    stored = _stored(scale, unit, 8)
+    np.multiply(weights, unit / _nonzero(stored), out=codes)
+    return _clip_symmetric(codes), stored, None
 
 
 def _clip_symmetric(codes: np.ndarray) -> np.ndarray:
@@ -122,7 +128,10 @@ def _search_asymmetric(groups: np.ndarray, work: np.ndarray) -> tuple[np.ndarray
     np.multiply(weights, 1 / _nonzero(best_scale), out=codes)
     _clip_asymmetric(codes, best_zero)
     scale, _ = _fit(weights, np.subtract(codes, best_zero, out=offsets))
-    return codes, _finite(scale, unit, np.maximum(best_zero, 15 - best_zero)), best_zero
+    stored = _stored(scale, unit, np.maximum(best_zero, 15 - best_zero))
+    np.multiply(weights, unit / _nonzero(stored), out=codes)
+    _clip_asymmetric(codes, best_zero)
+    return codes, stored, best_zero
 
 
 def _clip_asymmetric(codes: np.ndarray, zero: np.ndarray, top: float = 15) -> None:
@@ -143,9 +152,11 @@ def _plain_symmetric(groups: np.ndarray, work: np.ndarray, top: float) -> tuple[
     weights, codes, _ = work
     np.copyto(weights, groups)
     unit = np.abs(_signed_absmax(groups))
+    stored = _stored(np.float32(1 / top), unit, top)
     np.divide(weights, _nonzero(unit), out=codes)
-    np.multiply(codes, np.float32(top), out=codes)
-    return np.rint(codes, out=codes), _finite(np.float32(1 / top), unit, top), None
+    np.multiply(codes, unit / _nonzero(stored), out=codes)
+    np.rint(codes, out=codes)
+    return np.clip(codes, np.float32(-top), np.float32(top), out=codes), stored, None
 
 
 def _plain_asymmetric(groups: np.ndarray, work: np.ndarray, top: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -153,10 +164,11 @@ def _plain_asymmetric(groups: np.ndarray, work: np.ndarray, top: float) -> tuple
     np.copyto(weights, groups)
     low, unit = _range(weights)
     zero = np.rint(-low / _nonzero(unit) * np.float32(top / 2))
+    stored = _stored(np.float32(2 / top), unit, np.maximum(zero, top - zero))
     np.divide(weights, _nonzero(unit), out=codes)
-    np.multiply(codes, np.float32(top / 2), out=codes)
+    np.multiply(codes, unit / _nonzero(stored), out=codes)
     _clip_asymmetric(codes, zero, top)
-    return codes, _finite(np.float32(2 / top), unit, np.maximum(zero, top - zero)), zero
+    return codes, stored, zero
 
 
 def _signed_absmax(groups: np.ndarray) -> np.ndarray:
@@ -188,7 +200,13 @@ def _nonzero(divisor: np.ndarray | np.float32) -> np.ndarray:
     return np.where(divisor == 0, np.float32(1), divisor)
 
 
-def _finite(scale: np.ndarray | np.float32, unit: np.ndarray, top: np.ndarray | float) -> np.ndarray:
-    """scale * unit, kept so small that no code (at most `top` from zero) overflows; 1 for a group of zeros."""
+def _stored(scale: np.ndarray | np.float32, unit: np.ndarray, top: np.ndarray | float) -> np.ndarray:
+    """scale * unit as a float16 value where it is in the range of those; 1 for a group of zeros.
+
+    Kept so small that no code (at most `top` from zero) overflows.
+    """
     limit = np.nextafter(FLOAT32_MAX / np.float32(top), np.float32(0))
-    return np.where(unit == 0, np.float32(1), np.clip(scale * unit, -limit, limit))
+    exact = np.where(unit == 0, np.float32(1), np.clip(scale * unit, -limit, limit))
+    size = np.abs(exact)
+    half = np.clip(exact, -HALF_MAX, HALF_MAX).astype(np.float16).astype(np.float32)
+    return np.where((size >= HALF_MIN) & (size <= HALF_MAX), half, exact)
