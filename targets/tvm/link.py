@@ -10,11 +10,12 @@ from importlib.util import find_spec
 from exporter.core.errors import UnsupportedError
 from exporter.core.machine import triple
 from targets.tvm.devices import Device
+from targets.tvm.native import THREAD_POOL
 
 GLIBC = "2.28"
 """The oldest C library that engines linked for other machines run on."""
 # No build identifier and no symbols of local things: the same objects give the same bytes.
-FLAGS = ("-shared", "-fPIC", "-Wl,--build-id=none", "-Wl,-s", "-lm")
+FLAGS = ("-shared", "-fPIC", "-O2", "-Wl,--build-id=none", "-Wl,-s", "-lm", "-lpthread")
 COMPILERS = ("cc", "gcc", "clang")
 
 Link = Callable[..., None]
@@ -26,7 +27,7 @@ def linker(device: Device) -> Link:
 
     def link(output: str, objects: Sequence[str], options: Sequence[str] | None = None) -> None:
         done = subprocess.run(
-            [*command, *FLAGS, "-o", output, *objects, *(options or ())],
+            [*command, "-o", output, *objects, str(THREAD_POOL), *FLAGS, *(options or ())],
             capture_output=True,
             text=True,
             check=False,

@@ -1,11 +1,9 @@
 """The tensors that VM functions take besides weights: a step's tokens and segments, the stream, the cache."""
 
 from exporter.core.config import ModelConfig
+from targets.tvm.engine_index import CACHE_BLOCK, value_width
 from targets.tvm.isa import Isa
 from targets.tvm.lower.program import Tensor
-
-BLOCK = 32
-"""Positions of keys that lie together."""
 
 CACHE_TYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 
@@ -25,15 +23,10 @@ def logits(config: ModelConfig) -> Tensor:
     return Tensor("logits", "float32", ("Q", config.vocab_size))
 
 
-def value_width(head_dim: int, isa: Isa) -> int:
-    """head_dim rounded up to whole vectors: values are padded with zeros."""
-    return -(-head_dim // isa.lanes) * isa.lanes
-
-
 def cache_tensors(config: ModelConfig, kind: str, isa: Isa) -> tuple[Tensor, ...]:
     """key, value and, for int8, key_scale and value_scale of one layer."""
     heads, width, dtype = config.num_kv_heads, config.head_dim, CACHE_TYPES[kind]
-    key = Tensor("key", dtype, ("B", heads, "C", width, BLOCK))
+    key = Tensor("key", dtype, ("B", heads, "C", width, CACHE_BLOCK))
     value = Tensor("value", dtype, ("B", heads, "S", value_width(width, isa)))
     if kind != "int8":
         return key, value

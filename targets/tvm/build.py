@@ -1,0 +1,48 @@
+"""Building: kernels are compiled on one thread while weights are packed on others."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from exporter.core.progress import Progress
+from targets.base import BuildResult, BuildSource
+from targets.tvm.compile import CHUNK, compile_engine
+from targets.tvm.devices import resolve_device
+from targets.tvm.engine_index import engine_index, index_text
+from targets.tvm.file_names import INDEX, LIBRARY, WEIGHTS
+from targets.tvm.signature import signature
+from targets.tvm.weight_file import output_errors, plan_weights, write_weights
+
+# The share of the stage that weights take; the library is compiled meanwhile.
+WEIGHTS_SHARE = 0.9
+
+
+def build_engine(source: BuildSource, out_dir: Path, progress: Progress, versions: dict[str, str]) -> BuildResult:
+    """Write engine.so, weights.bin and engine.json; the same source gives the same bytes."""
+    from targets.tvm.lower.lower import lower
+    from targets.tvm.lower.slice_lowering import Setting
+
+    device, config = resolve_device(source.device), source.config
+    isa, kv_cache = device.isa, source.recipe.kv_cache
+    model = lower(source.model, Setting(config, source.checkpoint, isa, kv_cache))
+    plan = plan_weights((stored for part in model.slices for stored in part.stored), source.checkpoint, isa)
+
+    def report(fraction: float, name: str) -> None:
+        progress.advance(WEIGHTS_SHARE * fraction, name)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="compile") as pool:
+        library = pool.submit(compile_engine, model, device, out_dir / LIBRARY)
+        write_weights(out_dir / WEIGHTS, plan, source.checkpoint, isa, source.rows, report)
+        progress.advance(WEIGHTS_SHARE, "library")
+        library.result()
+    index = engine_index(config, source.limits, isa, kv_cache, CHUNK, model, plan)
+    with output_errors(out_dir / INDEX):
+        (out_dir / INDEX).write_text(index_text(index), encoding="utf-8")
+    progress.advance(1.0, "written")
+    return BuildResult(
+        files=[LIBRARY, WEIGHTS, INDEX],
+        toolchain=versions,
+        signature=signature(model),
+        weights_bytes=plan.weights_bytes,
+        requirements={"cpu_features": list(device.cpu_features)},
+        triple=device.triple,
+    )

@@ -1,0 +1,74 @@
+"""The target `tvm`: engines compiled by Apache TVM into a native library, for CPUs here and elsewhere."""
+
+from importlib import metadata
+from pathlib import Path
+
+from exporter.core.config import ModelConfig
+from exporter.core.errors import UnsupportedError
+from exporter.core.progress import Progress
+from exporter.core.recipe import Recipe
+from exporter.core.support import Support
+from targets.base import BuildResult, BuildSource, DeviceOptions, Limits, Runner, RunOptions
+from targets.tvm import support
+from targets.tvm.devices import device_names, resolve_device
+from targets.tvm.link import can_link
+
+PACKAGES = {"tvm": "apache-tvm", "tvm-ffi": "apache-tvm-ffi", "onnx-ir": "onnx-ir"}
+REMEDY = "pip install 'enginesmith[build,tvm]'"
+
+
+class TvmTarget:
+    """Lowers the canonical model to kernels of its own; targets.base.Target says what each method does."""
+
+    name = "tvm"
+    integer_activations = True
+
+    def probe(self) -> Support:
+        """Whether engines can be built here; running one needs apache-tvm-ffi and TVM's runtime library alone."""
+        missing = [PACKAGES[name] for name, version in self.versions().items() if not version]
+        if missing:
+            runs = " (engines built before do run)" if missing == ["onnx-ir"] else ""
+            return Support("refused", f"not installed: {', '.join(missing)}{runs}", REMEDY)
+        if not can_link():
+            return Support("refused", "neither a C compiler nor ziglang is installed to link engines", REMEDY)
+        try:
+            resolve_device(DeviceOptions())
+        except UnsupportedError as error:
+            # Devices named by --device can still be built for.
+            return Support("native", error.message, error.remedy)
+        return Support("native")
+
+    def versions(self) -> dict[str, str]:
+        return {name: _version(package) for name, package in PACKAGES.items()}
+
+    def supports(self, config: ModelConfig, recipe: Recipe) -> Support:
+        return support.recipe_support(recipe)
+
+    def default_kv_cache(self, recipe: Recipe) -> str:
+        return support.default_kv_cache(recipe)
+
+    def devices(self) -> dict[str, str]:
+        return device_names()
+
+    def check_device(self, options: DeviceOptions) -> None:
+        resolve_device(options)
+
+    def capabilities(self) -> dict[str, Support]:
+        return support.capabilities()
+
+    def build(self, source: BuildSource, out_dir: Path, progress: Progress) -> BuildResult:
+        from targets.tvm.build import build_engine
+
+        return build_engine(source, out_dir, progress, self.versions())
+
+    def runner(self, engine_dir: Path, config: ModelConfig, limits: Limits, options: RunOptions) -> Runner:
+        from targets.tvm.runner import TvmRunner
+
+        return TvmRunner(engine_dir, config, limits, options)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
