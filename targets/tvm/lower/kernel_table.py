@@ -1,36 +1,27 @@
-"""The kernel factories by name, and one function for each kernel that a model needs."""
+"""The kernel factories by name; only those that a model needs are imported."""
 
-from collections.abc import Callable
+from importlib import import_module
 
 from tvm import tirx
 
 from targets.tvm.isa import Isa
-from targets.tvm.kernels.attention import attention
-from targets.tvm.kernels.embedding import embedding_float, embedding_int
-from targets.tvm.kernels.linear_float import linear_float
-from targets.tvm.kernels.linear_int import linear_int
-from targets.tvm.kernels.norm import norm
-from targets.tvm.kernels.quantize import norm_quantize, quantize
-from targets.tvm.kernels.rotary_cache import rotary_cache
 
-Factory = Callable[..., tirx.PrimFunc]
-
-FACTORIES: dict[str, Factory] = {
-    factory.__name__: factory
-    for factory in (
-        attention,
-        embedding_float,
-        embedding_int,
-        linear_float,
-        linear_int,
-        norm,
-        norm_quantize,
-        quantize,
-        rotary_cache,
-    )
+MODULES = {
+    "attention": "attention",
+    "embedding_float": "embedding",
+    "embedding_int": "embedding",
+    "linear_float": "linear_float",
+    "linear_int": "linear_int",
+    "norm": "norm",
+    "norm_quantize": "quantize",
+    "quantize": "quantize",
+    "rotary_cache": "rotary_cache",
 }
+"""Factory -> the module of targets.tvm.kernels that has it."""
 
 
 def generate(isa: Isa, name: str, factory: str, arguments: tuple[object, ...]) -> tirx.PrimFunc:
     """The kernel `name` of a factory; KeyError for a factory that does not exist."""
-    return FACTORIES[factory](isa, name, *arguments)
+    module = import_module(f"targets.tvm.kernels.{MODULES[factory]}")
+    function: tirx.PrimFunc = getattr(module, factory)(isa, name, *arguments)
+    return function
