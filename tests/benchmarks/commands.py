@@ -9,8 +9,10 @@ from typing import Any
 RECIPE = "int4-rtn"
 
 
-def build_ours(checkpoint: Path, out: Path, parity: bool = False, recipe: str = RECIPE) -> list[str]:
-    command = [sys.executable, "-m", "exporter", "build", str(checkpoint), "--target", "onnxruntime"]
+def build_ours(
+    checkpoint: Path, out: Path, parity: bool = False, recipe: str = RECIPE, target: str = "onnxruntime"
+) -> list[str]:
+    command = [sys.executable, "-m", "exporter", "build", str(checkpoint), "--target", target]
     command += ["--recipe", recipe, "--out", str(out), "--progress", "none"]
     return command if parity else [*command, "--no-parity"]
 
