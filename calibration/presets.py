@@ -1,11 +1,12 @@
 """The recipes by name, and recipes written as TOML files (docs/recipes.md)."""
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter.core.errors import InputError, UnsupportedError
-from exporter.core.recipe import BITS, INTEGER_BITS, Precision, Recipe
+from exporter.core.recipe import BITS, INTEGER_BITS, KV_CACHES, Precision, Recipe
 
 DEFAULT_GROUP_SIZE = 32
 PLANNED = (
@@ -20,7 +21,7 @@ PLANNED = (
     "mxfp4",
     "auto",
 )
-PLANNED_KV_CACHES = ("fp16", "int8", "fp8")
+PLANNED_KV_CACHES = ("fp8",)
 PARTS = ("linear", "lm_head", "embedding")
 
 
@@ -77,13 +78,15 @@ def load_recipe(
     lm_head: str | None = None,
     embedding: str | None = None,
     kv_cache: str | None = None,
+    default_kv_cache: Callable[[Recipe], str] | None = None,
 ) -> Recipe:
     """A preset's name or a TOML file, with the command line's overrides applied in the order of the parameters.
 
-    `lm_head` and `embedding` are PRECISION strings, see `parse_precision`.
+    `lm_head` and `embedding` are PRECISION strings, see `parse_precision`. `default_kv_cache` chooses the cache where
+    neither `kv_cache` nor the file names one; without it that is fp32.
     """
     path = Path(source)
-    recipe = read_recipe(path) if path.suffix == ".toml" else preset(str(source))
+    recipe, named = _read(path) if path.suffix == ".toml" else (preset(str(source)), None)
     if group_size is not None:
         recipe = _regroup(recipe, group_size)
     inherited = recipe.linear.group_size or group_size or DEFAULT_GROUP_SIZE
@@ -91,7 +94,10 @@ def load_recipe(
         recipe = replace(recipe, lm_head=parse_precision(lm_head, inherited))
     if embedding is not None:
         recipe = replace(recipe, embedding=parse_precision(embedding, inherited))
-    return _with_kv_cache(recipe, recipe.kv_cache if kv_cache is None else kv_cache)
+    chosen = named if kv_cache is None else kv_cache
+    if chosen is None:
+        chosen = default_kv_cache(recipe) if default_kv_cache else recipe.kv_cache
+    return replace(recipe, kv_cache=checked_kv_cache(chosen))
 
 
 def parse_precision(text: str, group_size: int = DEFAULT_GROUP_SIZE) -> Precision:
@@ -117,6 +123,12 @@ def parse_precision(text: str, group_size: int = DEFAULT_GROUP_SIZE) -> Precisio
 
 def read_recipe(path: Path) -> Recipe:
     """A recipe from a TOML file; what it leaves out comes from its `base`. Raises InputError naming the entry."""
+    recipe, cache = _read(path)
+    return replace(recipe, kv_cache=cache or recipe.kv_cache)
+
+
+def _read(path: Path) -> tuple[Recipe, str | None]:
+    """The recipe of a file, and the KV cache if the file names one."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -132,7 +144,7 @@ def read_recipe(path: Path) -> Recipe:
             raise _bad_entry(path, part, section, "a table, as in [linear]")
         changed = _section_precision(path, part, section, getattr(recipe, part))
         recipe = _with_part(recipe, part, changed)
-    return _with_kv_cache(recipe, _string(path, table, "kv_cache", recipe.kv_cache))
+    return recipe, checked_kv_cache(_string(path, table, "kv_cache", "")) if "kv_cache" in table else None
 
 
 def _section_precision(path: Path, part: str, section: dict[str, object], base: Precision) -> Precision:
@@ -164,12 +176,14 @@ def _regroup(recipe: Recipe, group_size: int) -> Recipe:
     return recipe.with_group_size(group_size)
 
 
-def _with_kv_cache(recipe: Recipe, kind: str) -> Recipe:
-    if kind == "fp32":
-        return replace(recipe, kv_cache=kind)
+def checked_kv_cache(kind: str) -> str:
+    """A known kind of KV cache. UnsupportedError for planned ones, InputError for unknown ones."""
+    available = f"available: {', '.join(KV_CACHES)}"
     if kind in PLANNED_KV_CACHES:
-        raise UnsupportedError("recipe.kv_cache", f"a KV cache in {kind} is not available yet", "available: fp32")
-    raise InputError("recipe.kv_cache", f"unknown KV cache precision {kind!r}", "available: fp32")
+        raise UnsupportedError("recipe.kv_cache", f"a KV cache in {kind} is not available yet", available)
+    if kind not in KV_CACHES:
+        raise InputError("recipe.kv_cache", f"unknown KV cache precision {kind!r}", available)
+    return kind
 
 
 def _known_keys(path: Path, table: dict[str, object], known: set[str], where: str = "") -> None:

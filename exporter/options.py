@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.core.config import ModelConfig
+from exporter.core.device import THIS_MACHINE, DeviceOptions
 from exporter.core.errors import InputError
 from exporter.core.threads import check_threads
 
@@ -19,7 +20,8 @@ class BuildOptions:
     """Options of `enginesmith build`; None means the default that the documentation states.
 
     `recipe` is a preset's name or a TOML file; `group_size`, `lm_head`, `embedding` and `kv_cache` override
-    parts of it. `max_ram` is in bytes, `min_coverage` a fraction of the quantizable weights.
+    parts of it. `max_ram` is in bytes, `min_coverage` a fraction of the quantizable weights. `device` is the machine
+    the engine is for.
     """
 
     checkpoint: Path
@@ -39,6 +41,7 @@ class BuildOptions:
     max_ram: int | None = None
     parity: bool = True
     text: Path | None = None
+    device: DeviceOptions = THIS_MACHINE
 
     def __post_init__(self) -> None:
         if self.tracer not in TRACERS:

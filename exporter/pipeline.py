@@ -107,14 +107,15 @@ def prepare(options: BuildOptions) -> Job:
     """Settle target, recipe, limits and coverage; raises before any weight is read."""
     target = get_target(options.target)
     config = ModelConfig.from_directory(options.checkpoint)
-    recipe = requested_recipe(options)
+    target.check_device(options.device)
+    recipe = requested_recipe(options, target)
     covered = coverage(config, recipe)
     limits = Limits(options.max_batch, options.sequence_limit(config))
     if blocker := first_blocker(options, target, config, recipe, covered):
         raise blocker
     if not (probe := target.probe()).usable:
         raise UnsupportedError(f"target.{target.name}", f"target {target.name}: {probe.why}", probe.remedy)
-    check_memory_budget(options, config, covered, limits)
+    check_memory_budget(options, config, recipe, covered, limits)
     return Job(options, target, config, recipe, limits, covered)
 
 
@@ -140,7 +141,7 @@ def make_graphs(job: Job, progress: Progress) -> Graphs:
 def build_source(job: Job, checkpoint: Checkpoint, quantized: CanonicalModel) -> BuildSource:
     """What the target builds from; weights are quantized when the target asks for their rows."""
     rows = WeightRows(checkpoint, job.options.threads or None)
-    return BuildSource(job.config, job.recipe, quantized, checkpoint, rows, job.limits)
+    return BuildSource(job.config, job.recipe, quantized, checkpoint, rows, job.limits, job.options.device)
 
 
 def _verify(job: Job, source: BuildSource, graphs: Graphs, engine: Path, progress: Progress) -> "VerifyReport":

@@ -7,7 +7,7 @@ from calibration.coverage import Coverage, coverage, gate
 from calibration.presets import load_recipe
 from exporter.core.config import ModelConfig
 from exporter.core.errors import BudgetError, EngineSmithError, UnsupportedError
-from exporter.core.recipe import Recipe
+from exporter.core.recipe import Recipe, kv_cache_bytes
 from exporter.options import BuildOptions
 from targets.base import Limits, Target
 from targets.registry import get_target
@@ -80,7 +80,8 @@ def make_plan(options: BuildOptions) -> Plan:
     """Plan a build. Raises InputError or UnsupportedError where there is nothing to plan (no config, no target)."""
     target = get_target(options.target)
     config = ModelConfig.from_directory(options.checkpoint)
-    recipe = requested_recipe(options)
+    target.check_device(options.device)
+    recipe = requested_recipe(options, target)
     covered = coverage(config, recipe)
     limits = Limits(options.max_batch, options.sequence_limit(config))
     support = target.supports(config, recipe)
@@ -94,21 +95,22 @@ def make_plan(options: BuildOptions) -> Plan:
         support=support.level,
         engine_bytes=engine,
         disk_bytes=engine,
-        stages=tuple(plan_stages(config, engine, limits, options.parity)),
+        stages=tuple(plan_stages(config, recipe, engine, limits, options.parity)),
         unsupported=tuple(notes),
         coverage=covered,
         blocker=blocker,
     )
 
 
-def requested_recipe(options: BuildOptions) -> Recipe:
-    """The recipe with the options' overrides applied."""
+def requested_recipe(options: BuildOptions, target: Target) -> Recipe:
+    """The recipe with the options' overrides applied, and the target's KV cache where none is named."""
     return load_recipe(
         options.recipe,
         group_size=options.group_size,
         lm_head=options.lm_head,
         embedding=options.embedding,
         kv_cache=options.kv_cache,
+        default_kv_cache=target.default_kv_cache,
     )
 
 
@@ -134,13 +136,14 @@ def engine_bytes(config: ModelConfig, covered: Coverage) -> int:
     return int(matrices * covered.bits_per_weight / 8 + 4 * vectors + GRAPH_AND_TOKENIZER_BYTES)
 
 
-def plan_stages(config: ModelConfig, engine: int, limits: Limits, parity: bool) -> list[StagePlan]:
+def plan_stages(config: ModelConfig, recipe: Recipe, engine: int, limits: Limits, parity: bool) -> list[StagePlan]:
     """Peak memory of each stage, in order."""
     stages = [("trace", TRACE_BYTES), ("fuse", TRACE_BYTES), ("quantize", TRACE_BYTES)]
     stages.append(("compile", TRACE_BYTES + STREAM_BYTES))
     if parity:
         layer = 4 * sum(math.prod(shape) for shape in config.linear_shapes.values())
-        cache = 8 * config.num_layers * config.num_kv_heads * config.head_dim * limits.max_seq_len * limits.max_batch
+        heads = 2 * config.num_layers * config.num_kv_heads
+        cache = heads * kv_cache_bytes(recipe.kv_cache, config.head_dim) * limits.max_seq_len
         rows = 4 * PARITY_TOKENS * (config.hidden_size * 8 + config.intermediate_size)
         streaming = TRACE_BYTES + 3 * layer + rows + HEAD_BLOCK * 4
         running = TRACE_BYTES + RUNTIME_BYTES + engine + cache
@@ -149,11 +152,13 @@ def plan_stages(config: ModelConfig, engine: int, limits: Limits, parity: bool) 
     return [StagePlan(name, int(size)) for name, size in stages]
 
 
-def check_memory_budget(options: BuildOptions, config: ModelConfig, covered: Coverage, limits: Limits) -> None:
+def check_memory_budget(
+    options: BuildOptions, config: ModelConfig, recipe: Recipe, covered: Coverage, limits: Limits
+) -> None:
     """Raise BudgetError before any work if the forecast does not fit `--max-ram`."""
     if options.max_ram is None:
         return
-    stages = plan_stages(config, engine_bytes(config, covered), limits, options.parity)
+    stages = plan_stages(config, recipe, engine_bytes(config, covered), limits, options.parity)
     worst = max(stages, key=lambda stage: stage.peak_ram_bytes)
     if worst.peak_ram_bytes > options.max_ram:
         raise BudgetError(

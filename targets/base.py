@@ -1,6 +1,5 @@
 """What every target offers: probe, supports, build, runner. docs/targets.md describes the contract."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +11,14 @@ import numpy as np
 from exporter.core.canonical import CanonicalModel, CheckpointWeight
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
-from exporter.core.errors import InputError, UnsupportedError
+from exporter.core.device import THIS_MACHINE
+from exporter.core.device import DeviceOptions as DeviceOptions
+from exporter.core.errors import UnsupportedError
 from exporter.core.progress import Progress
 from exporter.core.recipe import Recipe
 from exporter.core.support import Support
 from exporter.core.weights import QuantizedRows
 
-MAX_TUNE_MINUTES = 7 * 24 * 60
 RowReader = Callable[[CheckpointWeight, int, int], "np.ndarray | QuantizedRows"]
 
 
@@ -28,31 +28,6 @@ class Limits:
 
     max_batch: int
     max_seq_len: int
-
-
-@dataclass(frozen=True)
-class DeviceOptions:
-    """The machine an engine is for, as asked: a name of `Target.devices`, or LLVM's triple, CPU and features
-    (`+dotprod`); nothing means this machine. `tune_minutes` searches kernel parameters that long, beginning from,
-    and writing to, the file `tuning` where it is given. Targets that know no devices take none of it.
-    """
-
-    device: str | None = None
-    mtriple: str | None = None
-    mcpu: str | None = None
-    mattr: tuple[str, ...] = ()
-    tune_minutes: float = 0.0
-    tuning: Path | None = None
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.tune_minutes) and 0 <= self.tune_minutes <= MAX_TUNE_MINUTES):
-            raise InputError("usage.tune", f"--tune is {self.tune_minutes}", f"give 0 to {MAX_TUNE_MINUTES} minutes")
-        if self.device is not None and (self.mtriple or self.mcpu or self.mattr):
-            raise InputError(
-                "usage.device",
-                f"--device {self.device} is given beside --mtriple, --mcpu or --mattr",
-                "give one of them",
-            )
 
 
 @dataclass(frozen=True)
@@ -66,7 +41,7 @@ class BuildSource:
     checkpoint: Checkpoint
     rows: RowReader
     limits: Limits
-    device: DeviceOptions = DeviceOptions()
+    device: DeviceOptions = THIS_MACHINE
 
 
 @dataclass(frozen=True)
@@ -192,18 +167,7 @@ def built_by(target: Target) -> str:
 
 def refuse_devices(target: str, options: DeviceOptions) -> None:
     """Raise UnsupportedError where any device option is given: for targets that build for this machine alone."""
-    given = [
-        flag
-        for flag, value in (
-            ("--device", options.device),
-            ("--mtriple", options.mtriple),
-            ("--mcpu", options.mcpu),
-            ("--mattr", options.mattr),
-            ("--tune", options.tune_minutes),
-            ("--tuning", options.tuning),
-        )
-        if value
-    ]
+    given = options.given
     if given:
         raise UnsupportedError(
             "target.device",

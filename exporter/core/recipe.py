@@ -7,6 +7,7 @@ from exporter.core.errors import InputError
 FLOAT_KINDS = ("fp32", "bf16", "fp16")
 INTEGER_BITS = {"int8": 8, "int4": 4}
 GROUP_SIZES = (16, 32, 64, 128, 256)
+KV_CACHES = ("fp32", "fp16", "int8")
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
 
 
@@ -54,7 +55,8 @@ class Precision:
 class Recipe:
     """A named choice of precision for the decoder layers' matrices, the head and the embedding.
 
-    Norms, biases and rotary tables always stay fp32. `kv_cache` is the storage of keys and values.
+    Norms, biases and rotary tables always stay fp32. `kv_cache` is the storage of keys (after rotation) and values:
+    `fp32`, `fp16`, or `int8` with one scale max|x| / 127 for each position and head.
     """
 
     name: str
@@ -65,11 +67,11 @@ class Recipe:
 
     @property
     def lossless(self) -> bool:
-        return self.parity_class == "fp32"
+        return self.parity_class == self.kv_cache == "fp32"
 
     @property
     def parity_class(self) -> str:
-        """The row of the parity table this recipe is held to: that of its coarsest precision."""
+        """The row of the parity table its weights are held to: that of the coarsest precision."""
         coarsest = min((self.linear, self.lm_head, self.embedding), key=lambda p: (p.bits, p.kind != "bf16"))
         return coarsest.kind
 
@@ -85,3 +87,8 @@ class Recipe:
             lm_head=regroup(self.lm_head),
             embedding=regroup(self.embedding),
         )
+
+
+def kv_cache_bytes(kind: str, head_dim: int) -> int:
+    """Bytes of the key, or the value, of one head at one position."""
+    return {"fp32": 4 * head_dim, "fp16": 2 * head_dim, "int8": head_dim + 4}[kind]

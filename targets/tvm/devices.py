@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from exporter.core import machine as this_machine
+from exporter.core.device import DeviceOptions
 from exporter.core.errors import InputError, UnsupportedError
-from targets.base import DeviceOptions
 from targets.tvm.cpus import CPUINFO, CPUS, cpuinfo_names
 from targets.tvm.isa import PROFILES, Isa, best_profile, profile
 

@@ -7,7 +7,7 @@ import pytest
 
 from calibration.presets import PLANNED, PRESETS, load_recipe, parse_precision, preset, read_recipe
 from exporter.core.errors import InputError, UnsupportedError
-from exporter.core.recipe import Precision
+from exporter.core.recipe import Precision, Recipe
 
 INT4, INT8 = Precision("int4", 32), Precision("int8", 32)
 
@@ -76,12 +76,27 @@ def test_bad_precisions(text: str) -> None:
 
 
 def test_kv_cache() -> None:
-    assert load_recipe("int4-rtn", kv_cache="fp32").kv_cache == "fp32"
-    for kind in ("fp16", "int8", "fp8"):
-        with pytest.raises(UnsupportedError, match="not available yet"):
-            load_recipe("int4-rtn", kv_cache=kind)
-    with pytest.raises(InputError, match="int3"):
-        load_recipe("int4-rtn", kv_cache="int3")
+    assert load_recipe("int4-rtn").kv_cache == "fp32"
+    for kind in ("fp32", "fp16", "int8"):
+        assert load_recipe("int4-rtn", kv_cache=kind).kv_cache == kind
+    with pytest.raises(UnsupportedError, match="not available yet"):
+        load_recipe("int4-rtn", kv_cache="fp8")
+    for unknown in ("int3", ""):
+        with pytest.raises(InputError, match="unknown KV cache"):
+            load_recipe("int4-rtn", kv_cache=unknown)
+
+
+def test_the_target_chooses_a_kv_cache_that_nobody_named(tmp_path: Path) -> None:
+    def choose(recipe: Recipe) -> str:
+        return "fp16" if recipe.linear.is_integer else "fp32"
+
+    silent, named = write(tmp_path / "a.toml", ""), write(tmp_path / "b.toml", 'kv_cache = "int8"')
+    assert load_recipe("int4-rtn", default_kv_cache=choose).kv_cache == "fp16"
+    assert load_recipe("fp32", default_kv_cache=choose).kv_cache == "fp32"
+    assert load_recipe(silent, default_kv_cache=choose).kv_cache == "fp16"
+    assert load_recipe(named, default_kv_cache=choose).kv_cache == read_recipe(named).kv_cache == "int8"
+    assert load_recipe(named, kv_cache="fp32", default_kv_cache=choose).kv_cache == "fp32"
+    assert not load_recipe("fp32", kv_cache="fp16").lossless
 
 
 def test_a_toml_file_changes_what_it_names(tmp_path: Path) -> None:

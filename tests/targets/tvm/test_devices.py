@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from exporter.core import machine as this_machine
+from exporter.core.device import DeviceOptions
 from exporter.core.errors import InputError, UnsupportedError
-from targets.base import DeviceOptions
 from targets.tvm.cpus import CPUINFO, CPUS
 from targets.tvm.devices import DEVICES, Device, device_names, resolve_device
 from targets.tvm.isa import PROFILES, profile
