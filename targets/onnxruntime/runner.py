@@ -9,8 +9,8 @@ import numpy as np
 from exporter.core.config import ModelConfig
 from exporter.core.errors import InputError
 from targets.base import Limits, RunOptions
-from targets.onnxruntime.run_checks import check_decode, check_options, check_step
 from targets.onnxruntime.session import open_session
+from targets.run_checks import check_decode, check_options, check_step, check_truncate
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -79,11 +79,7 @@ class OnnxRuntimeRunner:
 
     def truncate(self, row: int, length: int) -> None:
         """Keep only the first `length` cached positions of a row."""
-        if not 0 <= row < self._batch or not 0 <= length <= self.lengths[row]:
-            cached = int(self.lengths[row]) if 0 <= row < self._batch else 0
-            raise InputError(
-                "run.truncate", f"cannot keep {length} positions of row {row}: it has {cached}", "keep a prefix"
-            )
+        check_truncate(row, length, self.lengths)
         self.lengths[row] = length
 
     def reset(self) -> None:

@@ -30,7 +30,8 @@ class EngineLibrary:
         ffi = import_ffi()
         load_runtime()
         try:
-            module = ffi.load_module(str(path))
+            # Not kept alive: the same path may hold another engine later in this process.
+            module = ffi.load_module(str(path), keep_module_alive=False)
             self._vm = module["vm_load_executable"]()
             self._vm["vm_initialization"](CPU, 0, POOLED)
             self._threads: Function = module.get_function("threads", query_imports=True)

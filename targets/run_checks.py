@@ -67,3 +67,12 @@ def _check_ids(used: np.ndarray, vocabulary: int) -> None:
 
 def _bad_shape(name: str, array: np.ndarray, expected: str) -> InputError:
     return InputError("run.shape", f"{name} is {array.dtype} {list(array.shape)}, expected {expected}", "")
+
+
+def check_truncate(row: int, length: int, lengths: np.ndarray) -> None:
+    """Raise InputError unless a row of `lengths` [B] has `length` cached positions to keep."""
+    if not 0 <= row < len(lengths) or not 0 <= length <= lengths[row]:
+        cached = int(lengths[row]) if 0 <= row < len(lengths) else 0
+        raise InputError(
+            "run.truncate", f"cannot keep {length} positions of row {row}: it has {cached}", "keep a prefix"
+        )
