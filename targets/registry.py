@@ -6,8 +6,11 @@ from exporter.core.errors import UnsupportedError
 from targets.base import Target
 
 # name -> (module, class); the module must import no vendor library at its top.
-TARGETS = {"onnxruntime": ("targets.onnxruntime.target", "OnnxRuntimeTarget")}
-PLANNED = ("tvm", "tensorrt", "tensorrt-llm")
+TARGETS = {
+    "onnxruntime": ("targets.onnxruntime.target", "OnnxRuntimeTarget"),
+    "tvm": ("targets.tvm.target", "TvmTarget"),
+}
+PLANNED = ("tensorrt", "tensorrt-llm")
 
 
 def get_target(name: str) -> Target:

@@ -40,7 +40,7 @@ def test_help_lists_every_command_of_the_contract(capfd: pytest.CaptureFixture[s
         (["plan", "x", "--target", "onnxruntime", "--calibration=f"], 3, "option.unavailable"),
         (["plan", "x", "--target", "onnxruntime", "--task", "classify"], 3, "option.task"),
         (["plan", "x", "--target", "onnxruntime"], 2, "checkpoint.missing"),
-        (["plan", "x", "--target", "tvm"], 3, "target.unknown"),
+        (["plan", "x", "--target", "tensorrt"], 3, "target.unknown"),
         (["plan", "x", "--target", "onnxruntime", "--max-batch", "0"], 2, "usage.max_batch"),
         (["build", "x", "--target", "onnxruntime", "--out", "y", "--tracer", "z"], 2, "usage.tracer"),
         (["build", "x", "--target", "onnxruntime", "--out", "y", "--max-ram", "much"], 2, "usage.size"),

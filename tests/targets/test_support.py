@@ -86,7 +86,7 @@ def test_a_cache_it_cannot_store_is_refused():
 
 
 def test_other_targets_are_refused_by_name():
-    for name, word in (("tvm", "planned"), ("nonsense", "unknown")):
+    for name, word in (("tensorrt", "planned"), ("nonsense", "unknown")):
         with pytest.raises(UnsupportedError, match=word):
             get_target(name)
 
