@@ -62,6 +62,9 @@ class StepBuffers:
             if part.last:
                 self._wanted.array[wanted] = end - 1
                 wanted += 1
+        if not wanted:  # kernels take no empty matrices: the logits of one token are computed and not used
+            self._wanted.array[0] = first - 1
+            wanted = 1
         tokens = [buffer.tensor(first) for buffer in (self._ids, self._positions, self._rows)]
         rest = (self._segments.tensor(len(parts)), self._wanted.tensor(wanted))
         return (*tokens, *rest, self.hidden.tensor(first), self.logits.tensor(wanted))
