@@ -1,9 +1,11 @@
 """The Python API: the same power as the command line, as typed functions. Imported lazily by `enginesmith`."""
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporter.core.device import DeviceOptions
 from exporter.core.progress import NoProgress, Progress, stage
 from exporter.core.threads import check_threads
 from exporter.inspection import Inspection
@@ -11,6 +13,7 @@ from exporter.options import BuildOptions
 from exporter.plan import Plan, make_plan
 
 if TYPE_CHECKING:
+    from exporter.artifact.load import Artifact
     from exporter.parity.report import VerifyReport
     from exporter.pipeline import BuildOutcome
 
@@ -36,6 +39,12 @@ def build(
     max_ram: int | None = None,
     parity: bool = True,
     text: AnyPath | None = None,
+    device: str | None = None,
+    mtriple: str | None = None,
+    mcpu: str | None = None,
+    mattr: Sequence[str] = (),
+    tune_minutes: float = 0.0,
+    tuning: AnyPath | None = None,
     report: AnyPath | None = None,
     progress: Progress | None = None,
 ) -> "BuildOutcome":
@@ -62,6 +71,7 @@ def build(
         max_ram=max_ram,
         parity=parity,
         text=Path(text) if text is not None else None,
+        device=DeviceOptions(device, mtriple, mcpu, tuple(mattr), tune_minutes, Path(tuning) if tuning else None),
     )
     return build_with(options, report=Path(report) if report is not None else None, progress=progress)
 
@@ -70,11 +80,13 @@ def build_with(
     options: BuildOptions, *, report: Path | None = None, progress: Progress | None = None
 ) -> "BuildOutcome":
     """`build`, from a ready options value. The HTML report is written also when a parity gate fails."""
-    from exporter.core.errors import ParityError
+    from exporter.core.errors import InputError, ParityError
     from exporter.pipeline import build as run_build
     from exporter.reporting import check_report_path, write_build_report, write_failure_report
 
     check_report_path(report)
+    if report is not None and not options.parity:
+        raise InputError("usage.report", "--report needs the parity checks", "leave --no-parity out")
     try:
         outcome = run_build(options, progress)
     except ParityError as error:
@@ -97,6 +109,10 @@ def plan(
     kv_cache: str | None = None,
     min_coverage: float = 1.0,
     parity: bool = True,
+    device: str | None = None,
+    mtriple: str | None = None,
+    mcpu: str | None = None,
+    mattr: Sequence[str] = (),
 ) -> Plan:
     """Forecast a build from the config alone; the options are those of `build`."""
     return plan_with(
@@ -113,6 +129,7 @@ def plan(
             kv_cache=kv_cache,
             min_coverage=min_coverage,
             parity=parity,
+            device=DeviceOptions(device, mtriple, mcpu, tuple(mattr)),
         )
     )
 
@@ -135,9 +152,9 @@ def verify(
     from exporter.reporting import check_report_path, write_verify_report
 
     check_report_path(Path(report) if report is not None else None)
-    result = measure(engine, against=against, text=text, threads=threads, progress=progress)
+    artifact, result = _measure(engine, against, text, threads, progress or NoProgress())
     if report is not None:
-        write_verify_report(result, inspect(engine), Path(report))
+        write_verify_report(result, artifact, Path(report))
     result.require_passed()
     return result
 
@@ -151,15 +168,22 @@ def measure(
     progress: Progress | None = None,
 ) -> "VerifyReport":
     """`verify` without the verdict: the report, passed or not."""
+    return _measure(engine, against, text, threads, progress or NoProgress())[1]
+
+
+def _measure(
+    engine: AnyPath, against: AnyPath, text: AnyPath | None, threads: int, progress: Progress
+) -> "tuple[Artifact, VerifyReport]":
+    """The artifact, opened once, and its report."""
     from exporter.artifact.load import open_artifact
     from exporter.verification import verify_engine_directory
 
     check_threads(threads)
-    progress = progress or NoProgress()
     with stage(progress, "load"):
         artifact = open_artifact(Path(engine))
     with stage(progress, "verify"):
-        return verify_engine_directory(artifact, Path(against), Path(text) if text else None, threads, progress)
+        report = verify_engine_directory(artifact, Path(against), Path(text) if text else None, threads, progress)
+    return artifact, report
 
 
 def inspect(engine: AnyPath, *, for_host: bool = False, expect_digest: str | None = None) -> Inspection:

@@ -37,7 +37,7 @@ def _row(engine: Path, against: Path, text: Path | None, threads: int) -> dict[s
     manifest = artifact.manifest
     report = verify_engine_directory(artifact, against, text, threads, NoProgress()).to_json()
     values = {check["name"]: check["value"] for check in report["checks"]}
-    speed = bench_to_fit(engine, manifest.limits, threads)
+    speed = bench_to_fit(artifact, threads)
     names = ("kl_divergence_mean", "kl_divergence_max", "top1_agreement", "perplexity_ratio", "relative_l2_error")
     return {
         "engine": str(engine),

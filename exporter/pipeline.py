@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.coverage import Coverage, coverage
 from calibration.weight_rows import WeightRows
+from exporter.artifact.host import check_host
 from exporter.artifact.manifest import Manifest, PrecisionTable, Source, write_manifest
 from exporter.artifact.staging import check_output, staged_directory
 from exporter.artifact.tokenizer_files import read_tokenizer
@@ -96,7 +97,8 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildOutco
             result = job.target.build(source, staging, progress)
             tokenizer.write(staging)
             check_peak(options.max_ram, "compile")
-        report = _verify(job, source, graphs, staging, progress) if options.parity else None
+        not_run = "; ".join(found.message for found in check_host(result.triple or triple(), result.requirements))
+        report = _verify(job, source, graphs, staging, not_run, progress) if options.parity else None
         with stage(progress, "package"):
             manifest = _manifest(job, source_digest.result(), result, report)
             manifest, digest = write_manifest(staging, manifest)
@@ -144,7 +146,10 @@ def build_source(job: Job, checkpoint: Checkpoint, quantized: CanonicalModel) ->
     return BuildSource(job.config, job.recipe, quantized, checkpoint, rows, job.limits, job.options.device)
 
 
-def _verify(job: Job, source: BuildSource, graphs: Graphs, engine: Path, progress: Progress) -> "VerifyReport":
+def _verify(
+    job: Job, source: BuildSource, graphs: Graphs, engine: Path, not_run: str, progress: Progress
+) -> "VerifyReport":
+    """`not_run`: why this machine cannot run the engine, or nothing."""
     from exporter.parity.verify import EngineUnderTest, verify_build
 
     options = job.options
@@ -152,7 +157,7 @@ def _verify(job: Job, source: BuildSource, graphs: Graphs, engine: Path, progres
         job.target, engine, source.checkpoint, job.recipe, job.limits, options.text, options.threads
     )
     with stage(progress, "verify"):
-        report = verify_build(subject, graphs.traced, graphs.fused, graphs.quantized, source.rows, progress)
+        report = verify_build(subject, graphs.traced, graphs.fused, graphs.quantized, source.rows, progress, not_run)
         check_peak(job.options.max_ram, "verify")
     return report
 
@@ -165,7 +170,7 @@ def _manifest(job: Job, source_digest: str, result: BuildResult, report: "Verify
         recipe=job.recipe,
         coverage=PrecisionTable.from_json(job.coverage.to_json()),
         target=job.target.name,
-        triple=triple(),
+        triple=result.triple or triple(),
         requirements=result.requirements,
         toolchain=result.toolchain,
         signature=result.signature,

@@ -8,6 +8,7 @@ import typer
 
 from exporter.cli.app import EXTRA_ARGUMENTS, LATER_NOTE, Debug, Json, app, refuse_extra
 from exporter.cli.output import Output
+from exporter.core.device import DeviceOptions, parse_features
 from exporter.core.errors import UnsupportedError
 from exporter.options import BuildOptions, parse_size
 
@@ -22,10 +23,19 @@ MaxBatch = Annotated[int, typer.Option("--max-batch", help="Rows in a batch.")]
 GroupSize = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
 LmHead = Annotated[str | None, typer.Option("--lm-head", help="Precision of the head: int4, int8/g64, bf16 ...")]
 Embedding = Annotated[str | None, typer.Option("--embedding", help="Precision of the embedding.")]
-KvCache = Annotated[str | None, typer.Option("--kv-cache", help="Storage of keys and values: fp32.")]
+KvCache = Annotated[
+    str | None,
+    typer.Option("--kv-cache", help="Storage of keys and values: fp32, fp16 or int8. Default: the target's."),
+]
 Coverage = Annotated[float, typer.Option("--min-coverage", help="Fraction of weights that must be quantized.")]
 Threads = Annotated[int, typer.Option("--threads", help="Threads; 0: one per physical core.")]
 MaxRam = Annotated[str | None, typer.Option("--max-ram", help="Fail if more memory is needed: 900M, 4G.")]
+Device = Annotated[str | None, typer.Option("--device", help="Build for this device, see `enginesmith targets`.")]
+Triple = Annotated[str | None, typer.Option("--mtriple", help="Build for LLVM's triple: aarch64-linux-gnu.")]
+Cpu = Annotated[str | None, typer.Option("--mcpu", help="Build for LLVM's CPU: cortex-a76.")]
+Features = Annotated[str | None, typer.Option("--mattr", help="LLVM's CPU features: +dotprod,+fullfp16.")]
+Tune = Annotated[float, typer.Option("--tune", metavar="MINUTES", help="Search kernel parameters this long.")]
+Tuning = Annotated[Path | None, typer.Option("--tuning", help="File of tuning results to use, and to extend.")]
 Task = Annotated[str, typer.Option("--task", help="generate")]
 
 
@@ -45,6 +55,12 @@ def build(
     embedding: Embedding = None,
     kv_cache: KvCache = None,
     min_coverage: Coverage = 1.0,
+    device: Device = None,
+    mtriple: Triple = None,
+    mcpu: Cpu = None,
+    mattr: Features = None,
+    tune: Tune = 0.0,
+    tuning: Tuning = None,
     threads: Threads = 0,
     max_ram: MaxRam = None,
     task: Task = "generate",
@@ -74,6 +90,7 @@ def build(
         threads=threads,
         max_ram=parse_size(max_ram) if max_ram else None,
         parity=not no_parity,
+        device=DeviceOptions(device, mtriple, mcpu, parse_features(mattr), tune, tuning),
     )
     _build(options, report, progress, context.obj)
 
@@ -105,6 +122,10 @@ def plan(
     embedding: Embedding = None,
     kv_cache: KvCache = None,
     min_coverage: Coverage = 1.0,
+    device: Device = None,
+    mtriple: Triple = None,
+    mcpu: Cpu = None,
+    mattr: Features = None,
     task: Task = "generate",
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Plan a build without parity checks.")] = False,
     json: Json = False,
@@ -129,6 +150,7 @@ def plan(
         kv_cache=kv_cache,
         min_coverage=min_coverage,
         parity=not no_parity,
+        device=DeviceOptions(device, mtriple, mcpu, parse_features(mattr)),
     )
     planned = api.plan_with(options)
     output: Output = context.obj

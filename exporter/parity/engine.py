@@ -52,8 +52,8 @@ def verify_engine(
     max_batch: int,
     advance: Advance,
 ) -> EngineResult:
-    """Run an engine and compare it. `simulation` is the eager model with the recipe's weights (and activations, if
-    the engine rounds them): the reference's own model for a lossless recipe."""
+    """Run an engine and compare it. `simulation` is the eager model with the recipe's weights (and its
+    cache, and activations if the engine rounds them): the reference's own model for a lossless recipe."""
     limits = engine_limits(recipe, integer_activations=simulation.integer_activations)
     run = run_engine(open_runner, inputs, max_batch, lambda f, detail: advance(0.4 * f, detail))
     metrics = _against_eager(run, reference, inputs)
@@ -66,7 +66,7 @@ def verify_engine(
         Check("long_position", max(errors.tail), limits.simulation, STAGE),
         Check("instrumented_vs_plain", errors.instrumented, limits.consistency, STAGE),
         *_consistency(run, limits),
-        *([Check("rounding_flips", max(errors.flips), None, STAGE)] if simulation.integer_activations else []),
+        *([Check("rounding_flips", max(errors.flips), None, STAGE)] if simulation.rounds else []),
     )
     divergence = _divergence(errors, limits, tight)
     stage = StageResult(STAGE, tight, local_errors=errors.all, divergence=divergence)

@@ -12,8 +12,8 @@ from targets.base import Runner
 
 # Positions whose hidden states are held at once: about 10 MB a layer boundary at most.
 PIECE = 256
-OpenRunner = Callable[[int, bool], Runner]
-"""(rows in the batch, whether hidden states are wanted) -> a runner, opened with `with`."""
+OpenRunner = Callable[[int, int, bool], Runner]
+"""(rows in the batch, positions in a row, whether hidden states are wanted) -> a runner, opened with `with`."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class EngineRun:
 def run_engine(open_runner: OpenRunner, inputs: ParityInputs, max_batch: int, advance: Advance) -> EngineRun:
     """Prefill, decode, chunks, a kept prefix, a full cache, a ragged batch; at most one runner is open at a time."""
     scored = scored_positions(inputs)
-    with open_runner(1, False) as runner:
+    with open_runner(1, len(inputs.long_row), False) as runner:
         single = SingleRow(runner, inputs)
         logits = []
         for index, each in enumerate(scored):
@@ -42,7 +42,8 @@ def run_engine(open_runner: OpenRunner, inputs: ParityInputs, max_batch: int, ad
     ragged = None
     if batch > 1:
         advance((len(scored) + 2) / (len(scored) + 3), "engine, ragged batch")
-        with open_runner(batch, False) as runner:
+        positions = max(len(row) for row in inputs.ragged)
+        with open_runner(batch, positions, False) as runner:
             ragged = ragged_error(runner, inputs, batch, logits[1 : 1 + batch])
     return EngineRun(join_rows(logits), chunked, reuse, ragged)
 

@@ -13,6 +13,7 @@ from exporter.parity.report import Check, VerifyReport
 
 Cells = Sequence[str]
 
+NOT_RUN = "of the engine not checked"
 CHECK_WORDS = {
     "relative_l2_error": "Logits against eager, relative L2",
     "kl_divergence_mean": "KL divergence from eager, mean (nats)",
@@ -54,18 +55,26 @@ def render_html(report: VerifyReport, extra: Mapping[str, Any]) -> str:
         _coverage(manifest),
     ]
     page = Template(files("exporter.parity").joinpath("page.html").read_text(encoding="utf-8"))
-    title = f"{report.recipe} on {report.target}: parity {'passed' if report.passed else 'failed'}"
+    title = f"{report.recipe} on {report.target}: parity {_word(report)}"
     return page.substitute(title=escape(title), body="\n".join(part for part in body if part))
 
 
+def _word(report: VerifyReport) -> str:
+    if report.passed:
+        return "passed"
+    return NOT_RUN if report.nothing_failed and report.facts.get("engine_not_run") else "failed"
+
+
 def _verdict(report: VerifyReport, manifest: Mapping[str, Any]) -> str:
-    word, style = ("passed", "good") if report.passed else ("failed", "bad")
+    word, style = _word(report), "good" if report.passed else "bad"
     if report.first_divergence:
         found = report.first_divergence
         sentence = f"The first divergence is in {found.describe()}."
         sentence += f" {found.note[:1].upper()}{found.note[1:]}." if found.note else ""
     elif report.passed:
         sentence = "The engine computes what the checkpoint's own model computes, within the limits of its recipe."
+    elif word == NOT_RUN:
+        sentence = f"The graphs are the model. The engine itself was not run: {report.facts['engine_not_run']}."
     else:
         sentence = "A check failed; no single layer is to blame."
     figures = _figures(report, manifest)

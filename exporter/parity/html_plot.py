@@ -12,7 +12,13 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 42
 LOWEST, HIGHEST = -8, 0
 """Decades: float32 rounds at 6e-8; an error of 1 is as large as the signal."""
 
-STAGE_NAMES = {"trace": "traced graph", "fuse": "fused graph", "quantize": "quantized", "compile": "engine"}
+STAGE_NAMES = {
+    "trace": "traced graph",
+    "fuse": "fused graph",
+    "quantize": "quantized",
+    "simulate": "simulation",
+    "compile": "engine",
+}
 
 
 def error_plot(stages: Sequence[StageResult]) -> str:

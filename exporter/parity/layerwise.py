@@ -1,9 +1,9 @@
 """An engine held to its simulation slice by slice, each slice given the engine's own input.
 
-Where activations are rounded to int8, two faithful computations part ways: a sum that differs in its last bit flips
-a code, the flip flips others further down, and logits end up apart by as much as the rounding itself costs. Given the
-engine's own hidden states at every layer boundary, that can only happen within a layer, and a fault is seen in the
-very layer that has it.
+Where activations are rounded to int8, or cached keys and values, two faithful computations part ways: a sum that
+differs in its last bit flips a code, the flip flips others further down, and logits end up apart by as much as the
+rounding itself costs. Given the engine's own hidden states at every layer boundary, that can only happen within a
+layer, and a fault is seen in the very layer that has it.
 
 What happens within a layer is measured: the simulation is run once more from hidden states disturbed by float32
 rounding. The square of how far it parts from itself is taken off the square of how far the engine parts from it. Both
@@ -33,7 +33,7 @@ and 6.5e-4 in two layers where the engine parts from it by 1.38e-2 and 1.01e-3."
 @dataclass(frozen=True)
 class LayerwiseErrors:
     """Relative L2 of each slice's output (embedding, layers, head), the engine against its simulation, less what the
-    simulation's own rounding explains (`flips`, zero where activations are not rounded).
+    simulation's own rounding explains (`flips`, zero where nothing is rounded on the way).
 
     `all` over every position of every row; `decoded` over positions that went through the cache one at a time;
     `tail` over the last positions of a full cache. `instrumented`: logits of the engine that shows its hidden
@@ -61,7 +61,7 @@ def layerwise_errors(
             advance(0.5 + 0.5 * index / (config.num_layers + 1), f"simulation, layer {index} of {config.num_layers}")
             layer = simulation.layer(index)
             before, after = states.read(index, rows), states.read(index + 1, rows)
-            flips = _own_error(layer, states.read(index, rows), scored) if simulation.integer_activations else 0.0
+            flips = _own_error(layer, states.read(index, rows), scored) if simulation.rounds else 0.0
             sums.add((layer.run(row).hidden for row in before), after, flips)
             del layer
         final = [row[each.positions] for row, each in zip(states.read(config.num_layers, rows), scored, strict=True)]
@@ -79,7 +79,7 @@ def _instrumented(
     open_runner: OpenRunner, scored: Sequence[Scored], inputs: ParityInputs, states: "HiddenStates", advance: Advance
 ) -> np.ndarray:
     """Logits [R, V] at the scored positions; hidden states go to `states`, row after row."""
-    with open_runner(1, True) as runner:
+    with open_runner(1, len(inputs.long_row), True) as runner:
         row = SingleRow(runner, inputs, states.append)
         logits = []
         for index, each in enumerate(scored):

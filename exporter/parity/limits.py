@@ -43,6 +43,9 @@ INT8 = EagerLimits(
 INT4_FINE = EagerLimits(
     None, 0.05, None, 1.05, "16 levels, groups of at most 32; the maximum is reported: one flat position dominates it"
 )
+INT8_CACHE = EagerLimits(
+    None, 0.003, None, 1.005, "8-bit keys and values, a scale per position and head: the contract's row of int8 weights"
+)
 INT4_COARSE = EagerLimits(None, 0.10, None, 1.10, "16 levels, groups above 32: one outlier coarsens more weights")
 
 LOCAL_ERROR = 1.5e-6
@@ -55,11 +58,16 @@ def local_error(config: ModelConfig) -> float:
     return LOCAL_ERROR * max(1.0, max(config.hidden_size, config.intermediate_size) / 256) ** 0.25
 
 
+CACHES = {"fp32": FP32, "fp16": FP16, "int8": INT8_CACHE}
+"""The rows of KV caches: float16 keys and values err as much as float16 weights do."""
+
 CHAINED_ERROR = 2e-5
 """Hidden states of a lossless stage that ran on its own from the start: the contract's ceiling for fp32."""
 
 SIMULATION_FP32 = 1e-3
-"""Engine against its simulated quantization, where it computes in float32: sums in other orders, fused kernels."""
+"""Engine against its simulated quantization, where it computes in float32: sums in other orders, fused kernels. With a
+rounded KV cache also two ways through one engine: a key near a rounding boundary is stored a step away, 1e-4 measured.
+"""
 
 SIMULATION_COARSE = 1e-2
 """The same where activations are quantized (a value near a rounding boundary flips by a whole step) or arithmetic
@@ -70,7 +78,28 @@ SELF_FP32 = 2e-5
 
 
 def eager_limits(recipe: Recipe) -> EagerLimits:
-    """The row of the table that a recipe is held to; integer rows by the coarsest group size in use."""
+    """The limits that a recipe is held to: those of its weights or of its KV cache, whichever are looser."""
+    weights, cache = weight_limits(recipe), CACHES[recipe.kv_cache]
+    return weights if cache is FP32 else looser(weights, cache)
+
+
+def looser(first: EagerLimits, second: EagerLimits) -> EagerLimits:
+    """The larger of each limit; what either does not gate is not gated."""
+
+    def larger(one: float | None, other: float | None) -> float | None:
+        return None if one is None or other is None else max(one, other)
+
+    return EagerLimits(
+        larger(first.relative_l2_error, second.relative_l2_error),
+        max(first.kl_divergence_mean, second.kl_divergence_mean),
+        larger(first.kl_divergence_max, second.kl_divergence_max),
+        max(first.perplexity_ratio, second.perplexity_ratio),
+        first.why if first.kl_divergence_mean >= second.kl_divergence_mean else second.why,
+    )
+
+
+def weight_limits(recipe: Recipe) -> EagerLimits:
+    """The row of the table for a recipe's weights; integer rows by the coarsest group size in use."""
     rows = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": INT8}
     if recipe.parity_class in rows:
         return rows[recipe.parity_class]
@@ -93,6 +122,8 @@ def engine_limits(recipe: Recipe, *, integer_activations: bool, half_arithmetic:
     """`integer_activations`: the engine rounds activations to int8 before integer matrices."""
     if integer_activations or half_arithmetic:
         return EngineLimits(SIMULATION_COARSE, SIMULATION_COARSE)
+    if recipe.kv_cache != "fp32":
+        return EngineLimits(SIMULATION_FP32, SIMULATION_FP32)
     floats = recipe.parity_class in ("fp32", "fp16", "bf16")
     return EngineLimits(SELF_FP32 if floats else SIMULATION_FP32, SELF_FP32)
 

@@ -3,7 +3,8 @@
 It is transformers' own code (LlamaDecoderLayer, LlamaRotaryEmbedding, LlamaRMSNorm, eager attention, DynamicCache),
 unmodified; only the order of work differs from LlamaForCausalLM: all rows pass through layer 0, its weights are
 dropped, all rows pass through layer 1 ... Rows run alone and unpadded, in chunks, so that no S x S scores exist.
-With `RecipeValues` the same code is the simulation of a recipe: its rounded weights in the eager model.
+With `RecipeValues` the same code is the simulation of a recipe: its rounded weights, activations and cached values in
+the eager model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
 from exporter.core.weights import row_chunks
 from exporter.parity.activations import quantize_activations
+from exporter.parity.cache_values import RoundedCache
 from exporter.parity.weight_values import StoredValues, WeightValues, read_whole, row_ranges, rows_of
 
 CHUNK = 128
@@ -38,7 +40,8 @@ class EagerModel:
     """The eager model of a checkpoint, holding at most one layer's weights or a few rows of the vocabulary.
 
     `values` says which numbers its weights have (default: the checkpoint's). `integer_activations` also rounds
-    the inputs of integer-quantized matrices to int8 per group, as engines with integer kernels do.
+    the inputs of integer-quantized matrices to int8 per group, as engines with integer kernels do; `kv_cache` the
+    keys and values that attention sees to that storage.
     """
 
     def __init__(
@@ -47,15 +50,22 @@ class EagerModel:
         values: WeightValues | None = None,
         *,
         integer_activations: bool = False,
+        kv_cache: str = "fp32",
         chunk: int = CHUNK,
     ) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.values = values or StoredValues(checkpoint)
         self.integer_activations = integer_activations
+        self.kv_cache = kv_cache
         self.chunk = chunk
         self._llama = eager_config(self.config)
         self._rotary = LlamaRotaryEmbedding(self._llama)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether values are rounded on the way: two faithful computations may then part by whole steps."""
+        return self.integer_activations or self.kv_cache != "fp32"
 
     def embed(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Hidden states [S, H] of each row of ids [S]; reads only the embedding rows that occur."""
@@ -80,7 +90,8 @@ class EagerModel:
         module.requires_grad_(False).eval()
         if self.integer_activations:
             self._round_inputs(module, prefix)
-        return EagerLayer(module, self._rotary, self.chunk, {prefix + name: array for name, array in tensors.items()})
+        named = {prefix + name: array for name, array in tensors.items()}
+        return EagerLayer(module, self._rotary, self.chunk, named, self.kv_cache)
 
     def boundaries(self, rows: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
         """The residual stream [S, H] of each row of ids: entering layer 0, 1, ..., then leaving the last layer."""
@@ -143,19 +154,25 @@ class EagerLayer:
     """One LlamaDecoderLayer with weights; `tensors` are those weights by checkpoint name, in the same memory."""
 
     def __init__(
-        self, module: LlamaDecoderLayer, rotary: LlamaRotaryEmbedding, chunk: int, tensors: dict[str, np.ndarray]
+        self,
+        module: LlamaDecoderLayer,
+        rotary: LlamaRotaryEmbedding,
+        chunk: int,
+        tensors: dict[str, np.ndarray],
+        kv_cache: str = "fp32",
     ) -> None:
         self.module = module
         self.tensors = tensors
         self._rotary = rotary
         self._chunk = chunk
+        self._kv_cache = kv_cache
 
     @torch.inference_mode()
     def run(
         self, hidden: np.ndarray, past: tuple[np.ndarray, np.ndarray] | None = None, chunk: int | None = None
     ) -> LayerOutput:
         """hidden [S, H] of one row, after a cached prefix (keys, values [Hkv, P, D]) if given."""
-        cache = DynamicCache()
+        cache = DynamicCache() if self._kv_cache == "fp32" else RoundedCache(self._kv_cache)
         start = 0
         if past is not None:
             keys, values = (torch.from_numpy(np.ascontiguousarray(part))[None] for part in past)

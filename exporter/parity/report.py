@@ -112,8 +112,13 @@ class VerifyReport:
     @property
     def passed(self) -> bool:
         """Every gate that ran passed, and an engine ran: what was not run never counts as passed."""
+        return self.proof.engine_run is True and self.nothing_failed
+
+    @property
+    def nothing_failed(self) -> bool:
+        """Every gate that ran passed; that is all there is to say of an engine for another machine."""
         return (
-            self.proof.engine_run is True
+            self.proof.engine_run is not False
             and self.proof.graph_parity is not False
             and self.first_divergence is None
             and all(check.passed for check in self.checks)
@@ -122,7 +127,7 @@ class VerifyReport:
 
     def describe(self) -> str:
         """The verdict and the figures behind it, for people."""
-        lines = [f"parity {'passed' if self.passed else 'FAILED'}: {self.recipe} on {self.target}"]
+        lines = [f"parity {self.verdict}: {self.recipe} on {self.target}"]
         if self.first_divergence:
             lines.append(f"  first divergence: {self.first_divergence.describe()}")
         for check in self.failures or self.checks:
@@ -131,9 +136,17 @@ class VerifyReport:
             lines.append(f"  {check.name:<30}{value:>12}  {limit}" + ("" if check.passed else "  FAILED"))
         return "\n".join(lines)
 
-    def require_passed(self) -> None:
-        """Raise ParityError with this report unless everything passed."""
+    @property
+    def verdict(self) -> str:
+        """`passed`, `FAILED`, or why nothing is known of the engine itself."""
         if self.passed:
+            return "passed"
+        why = self.facts.get("engine_not_run")
+        return f"of the graphs passed, THE ENGINE WAS NOT RUN ({why})" if why and self.nothing_failed else "FAILED"
+
+    def require_passed(self, engine_run: bool = True) -> None:
+        """Raise ParityError with this report unless everything passed; `engine_run` False: unless all that ran did."""
+        if self.passed or (self.nothing_failed and not engine_run):
             return
         failed = [f"{c.name} {c.value} over its limit {c.limit} ({c.stage})" for c in self.failures[:3]]
         found = self.first_divergence
@@ -170,7 +183,7 @@ class VerifyReport:
 
 
 def _remedy(found: Divergence | None) -> str:
-    if found and found.stage == "quantize":
+    if found and found.stage in ("quantize", "simulate"):
         return "choose a finer recipe: a smaller group size, int8, or more bits for head or embedding"
     return "this is a fault of the build, not of the checkpoint: report it with the --report page"
 

@@ -1,6 +1,6 @@
 """Entry points: verify a build (its graphs, then its engine), or an engine alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,19 @@ from exporter.core.traced import TracedModel
 from exporter.memory import release_free_memory
 from exporter.parity.engine import EngineResult, verify_engine
 from exporter.parity.inputs import ParityInputs, ParityPlan, parity_inputs, read_text
+from exporter.parity.limits import eager_limits
 from exporter.parity.metrics import relative_l2_error
 from exporter.parity.reference import EagerModel
-from exporter.parity.report import Divergence, Proof, StageResult, VerifyReport
-from exporter.parity.scoring import Advance, Expectation, expect
+from exporter.parity.report import Divergence, Proof, StageResult, VerifyReport, eager_checks
+from exporter.parity.scoring import (
+    Advance,
+    Expectation,
+    columns,
+    compare_logits,
+    expect,
+    scored_positions,
+    targets,
+)
 from exporter.parity.stages import StageResults, verify_stages
 from exporter.parity.weight_values import RecipeValues, WeightPrecisions
 from targets.base import Limits, RowReader, Runner, RunOptions, Target, built_by
@@ -37,10 +46,10 @@ class EngineUnderTest:
     threads: int = 0
     plan: ParityPlan | None = None
 
-    def open(self, batch: int, hidden_states: bool) -> Runner:
-        """A runner on the engine with the whole cache it was built for."""
+    def open(self, batch: int, positions: int, hidden_states: bool) -> Runner:
+        """A runner on the engine with room for `positions` in each row."""
         release_free_memory()  # what the eager layers left, or the runner before
-        options = RunOptions(self.threads, batch, self.limits.max_seq_len, hidden_states)
+        options = RunOptions(self.threads, batch, positions, hidden_states)
         return self.target.runner(self.directory, self.checkpoint.config, self.limits, options)
 
     def inputs(self) -> ParityInputs:
@@ -56,10 +65,12 @@ def verify_build(
     quantized: CanonicalModel,
     rows: RowReader,
     progress: Progress,
+    not_run: str = "",
 ) -> VerifyReport:
     """Hold every stage's graphs to eager, then the engine. Raises ParityError, with the report, if a gate fails.
 
-    `rows` is the reader that the engine was built with. A failed stage ends the verification there.
+    `rows` is the reader that the engine was built with. A failed stage ends the verification there. `not_run` says why
+    the engine cannot run here, if it cannot: its simulation is held to eager's limits instead, and the proof says so.
     """
     inputs = engine.inputs()
     stages = verify_stages(
@@ -69,9 +80,13 @@ def verify_build(
         report = _report(engine, inputs, stages)
     else:
         simulation = _simulation(engine, stages.reference.model, rows)
-        result = _run(engine, stages.reference, simulation, inputs, _part(progress, 0.5, 1.0))
-        report = _report(engine, inputs, stages, result)
-    report.require_passed()
+        if not_run:
+            simulated = _simulated(engine, stages.reference, simulation, inputs, _part(progress, 0.5, 1.0))
+            report = _report(engine, inputs, replace(stages, stages=(*stages.stages, *simulated)), not_run=not_run)
+        else:
+            result = _run(engine, stages.reference, simulation, inputs, _part(progress, 0.5, 1.0))
+            report = _report(engine, inputs, stages, result)
+    report.require_passed(engine_run=not not_run)
     return report
 
 
@@ -92,18 +107,38 @@ def verify_artifact(engine: EngineUnderTest, progress: Progress) -> VerifyReport
 
 
 def _simulation(engine: EngineUnderTest, reference: EagerModel, rows: RowReader) -> EagerModel:
-    """The eager model with the recipe's weights; the reference itself where the recipe changes none."""
-    precisions = WeightPrecisions.from_recipe(engine.recipe, engine.checkpoint.config)
-    if precisions.lossless:
+    """The eager model with the recipe's weights and cache; the reference itself where the recipe changes nothing."""
+    precisions, cache = WeightPrecisions.from_recipe(engine.recipe, engine.checkpoint.config), engine.recipe.kv_cache
+    if precisions.lossless and cache == "fp32":
         return reference
+    values = None if precisions.lossless else RecipeValues(rows, precisions)
     integer = engine.target.integer_activations and precisions.has_integers
-    return EagerModel(engine.checkpoint, RecipeValues(rows, precisions), integer_activations=integer)
+    return EagerModel(engine.checkpoint, values, integer_activations=integer, kv_cache=cache)
 
 
 def _run(
     engine: EngineUnderTest, reference: Expectation, simulation: EagerModel, inputs: ParityInputs, advance: Advance
 ) -> EngineResult:
     return verify_engine(engine.open, reference, simulation, inputs, engine.recipe, engine.limits.max_batch, advance)
+
+
+def _simulated(
+    engine: EngineUnderTest, reference: Expectation, simulation: EagerModel, inputs: ParityInputs, advance: Advance
+) -> tuple[StageResult, ...]:
+    """What the engine would say, by its simulation, held to eager's limits; nothing where it is eager itself."""
+    if simulation is reference.model:
+        return ()
+    rounded = expect(simulation, inputs, advance)
+    scored = scored_positions(inputs)
+    head = slice(0, len(reference.final) - len(scored[-1].positions))
+    metrics = compare_logits(
+        columns(reference.model, reference.final[head]),
+        columns(simulation, rounded.final[head]),
+        targets(inputs, scored)[head],
+    )
+    limits = eager_limits(engine.recipe)
+    errors = tuple(_recipe_errors(reference, rounded))
+    return (StageResult("simulate", eager_checks(metrics, limits, "simulate"), layer_errors=errors),)
 
 
 def _recipe_errors(reference: Expectation, simulation: Expectation) -> list[float]:
@@ -118,6 +153,7 @@ def _report(
     stages: StageResults | None,
     result: EngineResult | None = None,
     recipe_errors: list[float] | None = None,
+    not_run: str = "",
 ) -> VerifyReport:
     shown: tuple[StageResult, ...] = stages.stages if stages else ()
     if recipe_errors:
@@ -125,7 +161,7 @@ def _report(
     if result:
         shown = (*shown, result.stage)
     failed = next((stage for stage in shown if not stage.passed), None)
-    checks = result.checks if result else (failed.checks if failed else ())
+    checks = result.checks if result else (failed.checks if failed else shown[-1].checks)
     return VerifyReport(
         target=engine.target.name,
         recipe=engine.recipe.name,
@@ -136,7 +172,7 @@ def _report(
         stages=shown,
         first_divergence=_first(stages, result, recipe_errors),
         positions=result.metrics.positions if result else 0,
-        facts=_facts(engine, inputs),
+        facts=_facts(engine, inputs) | ({"engine_not_run": not_run} if not_run else {}),
     )
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from calibration.coverage import coverage
+from exporter.artifact.load import Artifact
 from exporter.artifact.manifest import Manifest
 from exporter.core.errors import InputError
-from exporter.runtime.engine import Engine, load
+from exporter.runtime.engine import Engine, load, load_opened
 from exporter.runtime.memory_bandwidth import measure_bandwidth
-from targets.base import Limits
 
 REPETITIONS = 3
 SEED = 0
@@ -25,14 +25,15 @@ KV_CACHE_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
 
 
 def bench(
-    engine_path: str | PathLike[str],
+    engine_path: str | PathLike[str] | Artifact,
     prompt_tokens: int = 128,
     new_tokens: int = 64,
     batch: int = 1,
     context: int = 0,
     threads: int = 0,
 ) -> dict[str, Any]:
-    """Measure an engine; each speed is the median of several repetitions over all rows of the batch.
+    """Measure an engine; each speed is the median of several repetitions over all rows of the batch. An artifact that
+    was opened before is not checked again, which `load_seconds` then shows.
 
     Decoding follows a prefix of `context` tokens (0: the prompt). Run it in a fresh process:
     `peak_rss_bytes` is that of the process from loading on. Raises what `load` raises, and InputError
@@ -40,7 +41,8 @@ def bench(
     """
     reset_peak()
     start = time.perf_counter()
-    with load(engine_path, threads=threads, batch=batch) as engine:
+    loader = load_opened if isinstance(engine_path, Artifact) else load
+    with loader(engine_path, threads=threads, batch=batch) as engine:  # type: ignore[arg-type]
         load_seconds = time.perf_counter() - start
         _check_lengths(engine.manifest, prompt_tokens, new_tokens, context)
         prompt = _tokens(engine.manifest, batch, prompt_tokens)
@@ -66,10 +68,11 @@ def bench(
     }
 
 
-def bench_to_fit(engine_path: str | PathLike[str], limits: Limits, threads: int = 0) -> dict[str, Any]:
+def bench_to_fit(artifact: Artifact, threads: int = 0) -> dict[str, Any]:
     """`bench` with its usual prompt and answer, or shorter ones where the engine is built for fewer positions."""
+    limits = artifact.manifest.limits
     prompt, new = min(128, limits.max_seq_len // 2), max(1, min(64, limits.max_seq_len // 4))
-    return bench(engine_path, prompt_tokens=prompt, new_tokens=new, threads=threads)
+    return bench(artifact, prompt_tokens=prompt, new_tokens=new, threads=threads)
 
 
 def bytes_per_step(manifest: Manifest, batch: int, positions: float) -> float:

@@ -172,7 +172,12 @@ def load(path: str | PathLike[str], *, threads: int = 0, batch: int = 1, expect_
     ArtifactError (damaged, another digest, another host) or UnsupportedError (the runtime is missing).
     """
     check_threads(threads)
-    artifact = open_artifact(Path(path), expect_digest)
+    return load_opened(open_artifact(Path(path), expect_digest), threads=threads, batch=batch)
+
+
+def load_opened(artifact: Artifact, *, threads: int = 0, batch: int = 1) -> Engine:
+    """`load` for an artifact whose files were checked a moment ago."""
+    check_threads(threads)
     limits = artifact.manifest.limits
     if not 1 <= batch <= limits.max_batch:
         raise InputError(

@@ -166,7 +166,7 @@ class Forgetful(Runner):
 def test_faulty_cache_is_found(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = workshop.build("fp32")
     opened = EngineUnderTest.open
-    monkeypatch.setattr(EngineUnderTest, "open", lambda self, batch, hidden: Forgetful(opened(self, batch, hidden)))
+    monkeypatch.setattr(EngineUnderTest, "open", lambda *arguments: Forgetful(opened(*arguments)))
     report = verify_artifact(engine, NoProgress())
     checks = {check.name: check for check in report.checks}
     assert not checks["decode_vs_prefill"].passed
@@ -177,7 +177,7 @@ def test_teacher_forcing_follows_the_row(workshop: Workshop) -> None:
     engine = workshop.build("fp32")
     inputs = engine.inputs()
     seen: list[int] = []
-    with engine.open(1, True) as runner:
+    with engine.open(1, LIMITS.max_seq_len, True) as runner:
         row = SingleRow(runner, inputs, lambda hidden: seen.append(hidden[0].shape[1]))
         from exporter.parity.scoring import scored_positions
 
