@@ -9,8 +9,8 @@ from tvm.script.ir_builder import tirx as T
 from targets.tvm.isa import Isa
 from targets.tvm.kernels.cache_format import BLOCK, CacheKind, cache_kind, value_width
 from targets.tvm.kernels.cache_values import to_code, to_half
-from targets.tvm.kernels.partial import pieces
 from targets.tvm.kernels.ir import Expr, Registers, arguments, broadcast, float_vector, kernel, load, size, store
+from targets.tvm.kernels.partial import pieces
 from targets.tvm.kernels.vector import LOG2_E, Vectors
 
 SERIAL_TOKENS = 4
@@ -41,7 +41,7 @@ def rotary_cache(
             token_rows=((tokens,), "int32"),
             key=((rows, kv_heads, blocks, head_dim, BLOCK), stored.dtype),
             value=((rows, kv_heads, blocks * BLOCK, width), stored.dtype),
-            **{scale_name: ((rows, kv_heads, blocks * BLOCK), "float32") for scale_name in scales},
+            **dict.fromkeys(scales, ((rows, kv_heads, blocks * BLOCK), "float32")),
             q=((tokens, heads * head_dim), "float32"),
         )
         work = _Token(isa, stored, heads, kv_heads, head_dim, scale * LOG2_E, blocks, qkv, cos, sin, q, cache)

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+
+from tests.targets.tvm.kernels.caches import Cache
+from tests.targets.tvm.kernels.native import aligned, compiled, every_profile
+
+pytest.importorskip("tvm")
+from targets.tvm.isa import Isa
+from targets.tvm.kernels.attention import attention
+from targets.tvm.kernels.vector import LOG2_E
+
+# float32 sums of up to 128 terms for scores of about 5, then of several hundred for values; measured up to 4e-6.
+TOLERANCE = 2e-5
+
+RAGGED_DECODE = [(2, 0, 1, 300), (0, 1, 1, 0), (3, 2, 1, 127), (1, 3, 1, 128)]
+RAGGED_PREFILL = [(1, 0, 70, 0), (3, 70, 1, 255), (0, 71, 33, 201), (2, 104, 130, 31)]
+Segments = list[tuple[int, int, int, int]]
+
+
+def reference(q: np.ndarray, segments: Segments, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Attention in float64; q [T, heads, D], keys and values [B, Hkv, S, D]."""
+    y = np.zeros(q.shape)
+    group = q.shape[1] // keys.shape[1]
+    for row, first, count, past in segments:
+        for i in range(count):
+            seen_keys, seen_values = (
+                np.repeat(array[row, :, : past + i + 1], group, axis=0) for array in (keys, values)
+            )
+            scores = np.einsum("hd,hsd->hs", q[first + i].astype(np.float64), seen_keys)
+            weights = np.exp2(scores - scores.max(-1, keepdims=True))
+            y[first + i] = np.einsum("hs,hsd->hd", weights / weights.sum(-1, keepdims=True), seen_values)
+    return y
+
+
+def spoiled(cache: Cache, segments: Segments) -> None:
+    """Everything that no token may see becomes NaN, or the largest code with a scale of NaN."""
+    lengths = dict.fromkeys(range(len(cache.arrays[1])), 0)
+    lengths.update({row: past + count for row, _, count, past in segments})
+    key, value, *scales = cache.arrays
+    bad = 127 if cache.kind == "int8" else np.nan
+    by_position = key.swapaxes(3, 4).reshape(*value.shape[:3], cache.head_dim).copy()
+    for row, length in lengths.items():
+        for array in (by_position, value):
+            array[row, :, length:] = bad
+        for scale in scales:
+            scale[row, :, length:] = np.nan
+    key[...] = by_position.reshape(*key.shape[:3], key.shape[4], key.shape[3]).swapaxes(3, 4)
+
+
+def check(isa: Isa, kind: str, head_dim: int, heads: int, kv_heads: int, segments: Segments) -> None:
+    random = np.random.default_rng(heads * head_dim)
+    tokens = max(first + count for _, first, count, _ in segments)
+    positions = max(count + past for *_, count, past in segments)
+    shape = (4, kv_heads, positions, head_dim)
+    keys, values = (random.normal(0, 1, shape).astype(np.float32) for _ in range(2))
+    # Scores of a deviation of 3 bits or so: weights are neither equal nor all on one position.
+    q = aligned((random.normal(0, 2 * LOG2_E / np.sqrt(head_dim), (tokens, heads, head_dim))).astype(np.float32))
+    cache = Cache.of(isa, kind, keys, values)
+    expected = reference(q, segments, *cache.decoded())
+    spoiled(cache, segments)
+    y = aligned(np.full((tokens, heads * head_dim), np.nan, np.float32))
+    run = compiled(attention(isa, "attention", heads, kv_heads, head_dim, kind), isa)
+    run(q.reshape(tokens, -1), aligned(np.array(segments, np.int32)), *cache.arrays, y)
+    np.testing.assert_allclose(y.reshape(expected.shape), expected, rtol=0, atol=TOLERANCE)
+
+
+@every_profile
+@pytest.mark.parametrize("segments", [RAGGED_DECODE, RAGGED_PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize(
+    "kind, head_dim, heads, kv_heads",
+    [
+        *((kind, 64, 4, 1) for kind in ("fp32", "fp16", "int8")),
+        ("fp16", 16, 3, 3),
+        ("int8", 24, 6, 2),
+        ("fp16", 80, 8, 1),
+        ("int8", 128, 4, 2),
+        ("fp32", 24, 13, 1),
+    ],
+)
+def test_every_token_sees_its_own_past(
+    isa: Isa, kind: str, head_dim: int, heads: int, kv_heads: int, segments: Segments
+) -> None:
+    check(isa, kind, head_dim, heads, kv_heads, segments)
