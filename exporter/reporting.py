@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.artifact.load import Artifact
+from exporter.core.disk import FULL, full
 from exporter.core.errors import InputError, ParityError
 
 if TYPE_CHECKING:
@@ -58,4 +59,8 @@ def _write(report: "VerifyReport", facts: dict[str, Any], path: Path) -> None:
     try:
         write_html(report, facts, path)
     except OSError as error:
-        raise InputError("output.report", f"the report cannot be written to {path}: {error.strerror}", "") from error
+        if error.errno in FULL:
+            raise full(path, error) from error
+        raise InputError(
+            "output.report", f"the report cannot be written to {path}: {error.strerror}", "give another file"
+        ) from error

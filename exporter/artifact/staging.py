@@ -5,7 +5,6 @@ and renamed at the end. The directory is locked (flock) while its builder lives,
 builder left behind is recognised, also across containers that share a disk but not their process ids.
 """
 
-import errno
 import os
 import secrets
 import shutil
@@ -14,10 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from exporter.artifact.rename import exchange, rename_new
+from exporter.core.disk import FULL, full
 from exporter.core.errors import InputError
 
 MANIFEST = "manifest.json"
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
@@ -39,7 +38,7 @@ def staged_directory(final: Path, force: bool = False, source: Path | None = Non
             _publish(staging, final, force)
         except OSError as error:
             if error.errno in FULL:
-                raise _full(final, error) from error
+                raise full(final, error) from error
             raise
         finally:
             # After success this path holds the replaced artifact, or nothing.
@@ -105,10 +104,10 @@ def _absolute(final: Path) -> Path:
 
 def _guard_source(final: Path, source: Path) -> None:
     checkpoint, target = source.resolve(), final.resolve()
-    if target == checkpoint or target in checkpoint.parents:
+    if target == checkpoint or target in checkpoint.parents or checkpoint in target.parents:
         raise InputError(
             "output.checkpoint",
-            f"writing {final} would replace the checkpoint {checkpoint}",
+            f"writing {final} would replace the checkpoint {checkpoint}, or add to it",
             "choose an --out outside the checkpoint",
         )
 
@@ -121,7 +120,7 @@ def _create(final: Path) -> tuple[Path, int]:
             staging.mkdir(mode=0o777)
         except OSError as error:
             if error.errno in FULL:
-                raise _full(final, error) from error
+                raise full(final, error) from error
             raise InputError(
                 "output.unwritable", f"cannot write beside {final}: {error.strerror}", "choose another --out"
             ) from error
@@ -215,11 +214,3 @@ def _publish(staging: Path, final: Path, force: bool) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _full(final: Path, error: OSError) -> InputError:
-    return InputError(
-        "output.full",
-        f"no space left for {final}: {error.strerror}",
-        "free some space (`enginesmith plan` tells how much a build needs) or choose another --out",
-    )

@@ -15,10 +15,12 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Self
 
 import numpy as np
 
+from exporter.core.disk import output_errors
 from exporter.parity.engine_run import OpenRunner, SingleRow, join_rows
 from exporter.parity.inputs import ParityInputs
 from exporter.parity.metrics import ErrorSums, relative_l2_error
@@ -109,8 +111,9 @@ class HiddenStates:
     def append(self, hidden: list[np.ndarray]) -> None:
         """One call's states: for each boundary [1, S, H]."""
         for file, state in zip(self._files, hidden, strict=True):
-            file.seek(0, 2)
-            file.write(np.ascontiguousarray(state[0], np.float32).data)
+            with output_errors(Path(tempfile.gettempdir())):
+                file.seek(0, 2)
+                file.write(np.ascontiguousarray(state[0], np.float32).data)
 
     def read(self, boundary: int, rows: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """The states [S, H] of one boundary, row by row in the order they were appended."""

@@ -5,12 +5,13 @@ from pathlib import Path
 import onnx_ir as ir
 
 from exporter.core.config import ModelConfig
+from exporter.core.disk import output_errors
 from exporter.core.progress import Progress
 from targets.base import BuildResult, BuildSource
 from targets.onnxruntime.file_names import DATA, GENAI, MODEL
 from targets.onnxruntime.genai_config import genai_config
 from targets.onnxruntime.lower import lower
-from targets.onnxruntime.weight_file import WeightFile, output_errors
+from targets.onnxruntime.weight_file import WeightFile
 
 
 def build_engine(source: BuildSource, out_dir: Path, progress: Progress, versions: dict[str, str]) -> BuildResult:

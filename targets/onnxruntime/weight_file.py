@@ -5,7 +5,6 @@ Integer layouts are those of com.microsoft MatMulNBits (calibration/codecs.py), 
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,7 @@ import onnx_ir as ir
 from calibration.codecs import pack_zero_points, to_matmul_nbits
 from exporter.core.canonical import CheckpointWeight, RotaryTable
 from exporter.core.checkpoint import Checkpoint
-from exporter.core.errors import InputError
+from exporter.core.disk import output_errors
 from exporter.core.weights import QuantizedRows, row_chunks, weight_shape
 from targets.base import RowReader
 
@@ -216,16 +215,3 @@ class WeightFile:
             while view:
                 done = os.pwrite(self._file, view, offset)
                 view, offset = view[done:], offset + done
-
-
-@contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turns OSError while writing into an InputError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            "output.write",
-            f"cannot write {path.name}: {error.strerror or error}",
-            "free some disk space or choose another output directory",
-        ) from error

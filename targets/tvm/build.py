@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from exporter.core.disk import output_errors
 from exporter.core.progress import Progress
 from targets.base import BuildResult, BuildSource
 from targets.tvm.compile import CHUNK, compile_engine
@@ -10,7 +11,7 @@ from targets.tvm.devices import resolve_device
 from targets.tvm.engine_index import engine_index, index_text
 from targets.tvm.file_names import INDEX, LIBRARY, WEIGHTS
 from targets.tvm.signature import signature
-from targets.tvm.weight_file import output_errors, plan_weights, write_weights
+from targets.tvm.weight_file import plan_weights, write_weights
 
 # The share of the stage that weights take; the library is compiled meanwhile.
 WEIGHTS_SHARE = 0.9

@@ -8,7 +8,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from exporter.core.canonical import CheckpointWeight
 from exporter.core.checkpoint import Checkpoint
-from exporter.core.errors import InputError
+from exporter.core.disk import output_errors
 from exporter.core.weights import QuantizedRows
 from targets.base import RowReader
 from targets.tvm.isa import Isa
@@ -175,16 +174,3 @@ def _free_name(name: str, taken: dict[str, StoredTensor]) -> str:
 
 def _aligned(length: int) -> int:
     return -(-length // ALIGNMENT) * ALIGNMENT
-
-
-@contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turns OSError while writing into an InputError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            "output.write",
-            f"cannot write {path.name}: {error.strerror or error}",
-            "free some disk space or choose another output directory",
-        ) from error

@@ -94,7 +94,9 @@ def test_bad_outputs_have_stable_kinds(tmp_path: Path) -> None:
     assert kind_of(checkpoint, force=True, source=checkpoint) == "output.checkpoint"
     assert kind_of(tmp_path / "models", force=True, source=checkpoint) == "output.checkpoint"
     assert kind_of(Path("/")) in ("output.root", "output.exists")
-    check_output(checkpoint / "engine", False, checkpoint)
+    assert kind_of(checkpoint / "engine", source=checkpoint) == "output.checkpoint"
+    assert kind_of(checkpoint / "engines" / "int4", source=checkpoint) == "output.checkpoint"
+    check_output(tmp_path / "models" / "engine", False, checkpoint)
 
 
 def test_unwritable_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ def test_a_full_disk_says_so(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(InputError) as error:
         build(build_source(tiny_checkpoint("gqa"), RECIPES["int4"]), tmp_path)
-    assert error.value.kind == "output.write"
+    assert error.value.kind == "output.full"
     assert "No space left" in error.value.message
 
 
