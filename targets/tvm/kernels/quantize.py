@@ -50,7 +50,7 @@ def _quantize(isa: Isa, name: str, width: int, group: int, eps: float | None, ga
         with T.If(count == 1):
             with T.Then():
                 emit.row(T.int64(0), T.int64(0), 1)
-            with T.Else(), T.parallel(0, (count + tile - 1) // tile) as block:
+            with T.Else(), T.parallel(0, T.truncdiv(count + (tile - 1), T.int64(tile))) as block:
                 first = T.bind(block * tile)
                 rows_here = T.bind(T.min(T.int64(tile), count - first))
                 with T.serial(0, rows_here) as number:
