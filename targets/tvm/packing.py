@@ -54,14 +54,14 @@ class Layout:
         return self.width // self.group
 
     @property
-    def vector_codes(self) -> int:
-        """Bytes of the codes of one vector of rows in one record."""
-        return self.lanes * self.group * self.precision.bits // 8
+    def vector_bytes(self) -> int:
+        """Bytes of one vector of codes: 4 of each lane's row. Chunk c of row vector r is vector 2 * c + r."""
+        return 4 * self.lanes
 
     @property
     def scales_at(self) -> int:
         """Where a record's float16 scales start."""
-        return 2 * self.vector_codes
+        return 2 * self.lanes * self.group * self.precision.bits // 8
 
     @property
     def zeros_at(self) -> int:
@@ -72,7 +72,7 @@ class Layout:
     def record(self) -> int:
         """Bytes of one group of columns of one block."""
         if not self.precision.is_integer:
-            return 2 * self.vector_codes
+            return self.scales_at
         return self.zeros_at + (0 if self.precision.symmetric else 2 * self.lanes)
 
     @property

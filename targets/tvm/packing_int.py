@@ -17,10 +17,10 @@ def pack_int(layout: "Layout", rows: QuantizedRows, wanted: int, out: np.ndarray
     """Quantized rows [n <= wanted, K] go into `vectors` (0..1) of out uint8 [blocks, groups, record]; zeros behind."""
     lanes, blocks = layout.lanes, len(out)
     words = _stored_words(layout, np.ascontiguousarray(rows.codes).view(np.uint32))
-    codes = out[:, :, : layout.scales_at].view(np.uint32).reshape(blocks, layout.groups, 2, -1, lanes)
-    # [block, vector, lane, group, chunk] -> [block, group, vector, chunk, lane]
-    source = _filled(words, wanted).reshape(blocks, -1, lanes, layout.groups, codes.shape[3])
-    codes[:, :, vectors] = source.transpose(0, 3, 1, 4, 2)
+    codes = out[:, :, : layout.scales_at].view(np.uint32).reshape(blocks, layout.groups, -1, 2, lanes)
+    # [block, vector, lane, group, chunk] -> [block, group, chunk, vector, lane]
+    source = _filled(words, wanted).reshape(blocks, -1, lanes, layout.groups, codes.shape[2])
+    codes[:, :, :, vectors] = source.transpose(0, 3, 4, 1, 2)
     scales = out[:, :, layout.scales_at : layout.zeros_at].view(np.float16).reshape(blocks, layout.groups, 2, lanes)
     scales[:, :, vectors] = _grouped(_half(rows.scales), wanted, blocks, lanes)
     if rows.zero_points is not None:

@@ -37,7 +37,7 @@ def embedding_int(isa: Isa, name: str, precision: Precision, rows: int, width: i
                 if not precision.symmetric:
                     stored = weights[record + packed.zeros_at + vector * isa.lanes + lane]
                     zero = T.bind(T.cast(stored, "int32") + packed.zero)
-                codes = T.bind(record + vector * packed.vector_codes + lane * 4)
+                codes = T.bind(record + vector * packed.vector_bytes + lane * 4)
                 _group(packed, weights, codes, zero, scale, hidden, token * width + group * packed.group)
 
         few_or_many(tokens, one_row)
@@ -48,7 +48,7 @@ def _group(packed: Layout, weights: Expr, codes: Expr, zero: Expr, scale: Expr, 
     """One row of one record: words of codes from `codes` on, values float32 to `target`."""
     columns = 32 // packed.precision.bits
     with T.serial(0, packed.group // columns) as chunk:
-        stored = load(weights, codes + chunk * (4 * packed.lanes), 4)
+        stored = load(weights, codes + chunk * (2 * packed.vector_bytes), 4)
         if packed.precision.kind == "int4":
             wide = T.cast(stored, f"int32x{WORD}")
             parts = [T.bitwise_and(wide, int_vector(15, WORD)), T.shift_right(wide, int_vector(4, WORD))]

@@ -11,7 +11,7 @@ from tvm.script.ir_builder import tirx as T
 
 from exporter.core.recipe import Precision
 from targets.tvm.isa import Isa
-from targets.tvm.kernels.dot import dots, nibbles
+from targets.tvm.kernels.dot import Dots, dots, nibbles
 from targets.tvm.kernels.epilogue import Epilogue
 from targets.tvm.kernels.ir import (
     Expr,
@@ -91,8 +91,6 @@ class Product:
             outputs[index] = float_vector(0.0, self.lanes)
         with T.serial(0, packed.groups) as group:
             record = (block * packed.groups + group) * packed.record
-            for line in range(-(-packed.record // 64)):
-                prefetch(tensors["weights"], record + AHEAD + 64 * line)
             at = first * packed.groups + group * rows
             self._start(sums, rows, chains, record, at)
             words = first * (packed.width // 4) + group * (packed.group // 4 * rows)
@@ -101,6 +99,7 @@ class Product:
                 scales[vector] = self.vectors.half_from_bytes(
                     tensors["weights"], record + packed.scales_at + 2 * self.lanes * vector
                 )
+            prefetch(tensors["weights"], record + packed.scales_at + AHEAD)
             for index in range(2 * rows):
                 total = sums.total(index)
                 for chain in range(1, chains):
@@ -110,7 +109,7 @@ class Product:
         for row in range(rows):
             self.epilogue.write(tensors["y"], first + row, block, outputs, 2 * row, tensors.get("bias"))
 
-    def _start(self, sums, rows: int, chains: int, record: Expr, at: Expr) -> None:
+    def _start(self, sums: Dots, rows: int, chains: int, record: Expr, at: Expr) -> None:
         """Sums begin with what the codes' offset and zero points contribute."""
         packed, lanes = self.packed, self.lanes
         zeros = None
@@ -129,22 +128,24 @@ class Product:
             elif packed.zero:
                 sums.start(index, broadcast(total * -packed.zero, lanes))
 
-    def _pieces(self, sums, rows: int, chains: int, record: Expr, words: Expr) -> None:
+    def _pieces(self, sums: Dots, rows: int, chains: int, record: Expr, words: Expr) -> None:
         """All columns of a group, `piece` of them unrolled."""
         count = self.packed.group // self.piece
         if count == 1:
             self._piece(sums, rows, chains, record, words)
             return
         with T.serial(0, count) as number:
-            start = record + number * (self.piece // self.chunk * 4 * self.lanes)
+            start = record + number * (self.piece // self.chunk * 2 * self.packed.vector_bytes)
             self._piece(sums, rows, chains, start, words + number * (self.piece // 4 * rows))
 
-    def _piece(self, sums, rows: int, chains: int, start: Expr, words: Expr) -> None:
-        """`piece` columns: stored words at `start` of the first vector of rows, activations at `words`."""
+    def _piece(self, sums: Dots, rows: int, chains: int, start: Expr, words: Expr) -> None:
+        """`piece` columns: stored words from `start` on, activations at `words`."""
         for chunk in range(self.piece // self.chunk):
             for vector in range(2):
-                at = start + vector * self.packed.vector_codes + chunk * 4 * self.lanes
-                codes = load(self.tensors["weights"], at, 4 * self.lanes)
+                line = (2 * chunk + vector) * self.packed.vector_bytes
+                codes = load(self.tensors["weights"], start + line, 4 * self.lanes)
+                if line % 64 == 0:
+                    prefetch(self.tensors["weights"], start + line + AHEAD)
                 for half, part in enumerate(nibbles(codes, self.lanes) if self.bits == 4 else (codes,)):
                     sums.weigh(2 * half + vector, part)
             for half in range(self.chunk // 4):

@@ -46,13 +46,12 @@ def pack_records(
             for place, row in enumerate(block):
                 if row >= 0:
                     part[place] = stored[row, g * group : (g + 1) * group]
-            for vector in part.reshape(2, lanes, group):
-                if precision.kind == "int4":
-                    chunks = vector.reshape(lanes, group // 8, 2, 4)
-                    words = chunks[:, :, 0] | chunks[:, :, 1] << 4
-                else:
-                    words = vector.reshape(lanes, group // 4, 4)
-                stream += (words & 255).astype(np.uint8).transpose(1, 0, 2).tobytes()
+            if precision.kind == "int4":
+                chunks = part.reshape(2 * lanes, group // 8, 2, 4)
+                words = chunks[:, :, 0] | chunks[:, :, 1] << 4
+            else:
+                words = part.reshape(2 * lanes, group // 4, 4)
+            stream += (words & 255).astype(np.uint8).transpose(1, 0, 2).tobytes()
             stream += np.array([scales[row, g] if row >= 0 else 0 for row in block], np.float16).tobytes()
             if zeros is not None:
                 stream += bytes(int(zeros[row, g]) if row >= 0 else 0 for row in block)
