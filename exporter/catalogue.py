@@ -4,6 +4,7 @@ from typing import Any
 
 from calibration.presets import PRESETS, preset
 from exporter.core.config import ModelConfig, RopeConfig
+from exporter.core.recipe import KV_CACHES
 from targets.registry import TARGETS, get_target
 
 # A plain Llama shape that every kernel takes: what a target says of it is what it says of the recipe.
@@ -29,7 +30,10 @@ TYPICAL = ModelConfig(
 
 
 def list_targets() -> list[dict[str, Any]]:
-    """Each target: usable here or why not, versions, and its support level per recipe."""
+    """Each target: usable here or why not, versions, its support level per recipe and KV cache, and its devices.
+
+    `default_kv_cache` names, for each recipe, the cache it gets where none is asked for.
+    """
     entries = []
     for name in TARGETS:
         target = get_target(name)
@@ -43,6 +47,9 @@ def list_targets() -> list[dict[str, Any]]:
                 "remedy": probe.remedy,
                 "versions": target.versions(),
                 "recipes": levels,
+                "kv_caches": {kind: target.capabilities()[f"kv-cache {kind}"].level for kind in KV_CACHES},
+                "default_kv_cache": {recipe: target.default_kv_cache(preset(recipe)) for recipe in PRESETS},
+                "devices": [{"name": device, "summary": summary} for device, summary in target.devices().items()],
             }
         )
     return entries
@@ -54,5 +61,5 @@ def list_recipes() -> list[dict[str, Any]]:
     for name, listed in PRESETS.items():
         recipe = listed.recipe
         parts = {part: getattr(recipe, part).describe() for part in ("linear", "lm_head", "embedding")}
-        entries.append({"name": name, "summary": listed.summary, **parts, "kv_cache": recipe.kv_cache})
+        entries.append({"name": name, "summary": listed.summary, **parts})
     return entries

@@ -6,7 +6,10 @@ import shutil
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
+from exporter.core.errors import EngineSmithError
+from exporter.core.machine import physical_cores
 from exporter.memory import available_bytes
 from targets.registry import PLANNED, TARGETS, get_target
 
@@ -15,6 +18,9 @@ PACKAGES = {
     "run": ("numpy", "tokenizers", "jinja2", "ml_dtypes"),
     "build": ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"),
 }
+# What one target needs beside that; the others work without.
+TARGET_PACKAGES = {"tvm": ("apache-tvm", "apache-tvm-ffi", "ziglang")}
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MIN_PYTHON = (3, 11)
 
 
@@ -49,8 +55,10 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at Python, memory, packages and every target; never raises."""
-    checks = [_python(), _machine()]
+    checks = [_python(), _machine(), _threads(), _huge_pages()]
     checks += [_package(name, purpose) for purpose, names in PACKAGES.items() for name in names]
+    checks += [_package(name, target, False) for target, names in TARGET_PACKAGES.items() for name in names]
+    checks.append(_tvm_runtime())
     targets = [_target(name) for name in TARGETS]
     checks += targets
     checks += [Check(f"target {n}", False, "planned, not part of this version", required=False) for n in PLANNED]
@@ -65,19 +73,46 @@ def _python() -> Check:
 
 
 def _machine() -> Check:
-    cores = len(os.sched_getaffinity(0))
     free = shutil.disk_usage(".").free
-    detail = (
-        f"{platform.machine()}, {cores} cores, {available_bytes() / 1e9:.1f} GB memory free, {free / 1e9:.0f} GB disk"
-    )
+    detail = f"{platform.machine()}, {available_bytes() / 1e9:.1f} GB memory free, {free / 1e9:.0f} GB disk"
     return Check("machine", True, detail)
 
 
-def _package(name: str, purpose: str) -> Check:
+def _threads() -> Check:
+    """What engines take by default, and what that comes from."""
+    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    detail = f"{physical_cores()} by default: the physical cores of {logical} processors, within the CPU quota"
+    return Check("threads", True, detail)
+
+
+def _huge_pages() -> Check:
+    """Weights of the target tvm lie on 2 MB pages where the system gives them on request."""
     try:
-        return Check(f"{purpose}: {name}", True, metadata.version(name))
+        setting = HUGE_PAGES.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        setting = "unavailable"
+    if setting in ("always", "madvise"):
+        return Check("2 MB pages", True, setting, required=False)
+    remedy = f"echo madvise > {HUGE_PAGES}, as root: engines of the target tvm decode faster"
+    return Check("2 MB pages", False, setting, remedy, required=False)
+
+
+def _tvm_runtime() -> Check:
+    """The library that engines of the target tvm are loaded with."""
+    from targets.tvm.library import runtime_path
+
+    try:
+        return Check("tvm: libtvm_runtime", True, runtime_path().name, required=False)
+    except EngineSmithError as error:
+        return Check("tvm: libtvm_runtime", False, error.message, error.remedy, required=False)
+
+
+def _package(name: str, purpose: str, required: bool = True) -> Check:
+    found = f"{purpose}: {name}"
+    try:
+        return Check(found, True, metadata.version(name), required=required)
     except metadata.PackageNotFoundError:
-        return Check(f"{purpose}: {name}", False, "not installed", f"pip install 'enginesmith[{purpose}]'")
+        return Check(found, False, "not installed", f"pip install 'enginesmith[{purpose}]'", required)
 
 
 def _target(name: str) -> Check:

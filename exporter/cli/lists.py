@@ -8,7 +8,7 @@ from exporter.cli.output import Output
 
 @app.command()
 def targets(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
-    """List the targets, whether each is usable here, and which recipes it takes."""
+    """List the targets: whether each is usable here, the recipes it takes, the devices it builds for."""
     from exporter import api
 
     listed = api.targets()
@@ -16,7 +16,9 @@ def targets(context: typer.Context, json: Json = False, debug: Debug = False) ->
     for entry in listed:
         state = "usable" if entry["usable"] else f"not usable: {entry['why']}"
         recipes = ", ".join(f"{name} ({level})" for name, level in entry["recipes"].items())
-        lines.append(f"{entry['name']}: {state}\n  recipes: {recipes}")
+        caches = ", ".join(kind for kind, level in entry["kv_caches"].items() if level != "refused")
+        lines.append(f"{entry['name']}: {state}\n  recipes: {recipes}\n  KV cache: {caches}")
+        lines += [f"  --device {device['name']:<16} {device['summary']}" for device in entry["devices"]]
     output: Output = context.obj
     output.result({"targets": listed}, "\n".join(lines))
 

@@ -11,6 +11,7 @@ import pytest
 from exporter.cli.main import run
 from tests.cli.command import enginesmith
 
+EXAMPLE = str(Path(__file__).parents[2] / "examples" / "stdlib-llama")
 COMMANDS = ("build", "plan", "verify", "inspect", "run", "bench", "compare", "targets", "recipes", "doctor")
 
 
@@ -41,6 +42,19 @@ def test_help_lists_every_command_of_the_contract(capfd: pytest.CaptureFixture[s
         (["plan", "x", "--target", "onnxruntime", "--task", "classify"], 3, "option.task"),
         (["plan", "x", "--target", "onnxruntime"], 2, "checkpoint.missing"),
         (["plan", "x", "--target", "tensorrt"], 3, "target.unknown"),
+        (["plan", EXAMPLE, "--target", "onnxruntime", "--device", "graviton3"], 3, "target.device"),
+        (["plan", EXAMPLE, "--target", "onnxruntime", "--mattr=+avx2"], 3, "target.device"),
+        (["build", EXAMPLE, "--target", "onnxruntime", "--out", "y", "--tune", "5"], 3, "target.device"),
+        (["build", EXAMPLE, "--target", "onnxruntime", "--out", "y", "--tuning", "t.json"], 3, "target.device"),
+        (["plan", EXAMPLE, "--target", "tvm", "--device", "raspberry-pi-9"], 2, "device.unknown"),
+        (["plan", EXAMPLE, "--target", "tvm", "--mcpu", "pentium"], 2, "device.mcpu"),
+        (["plan", EXAMPLE, "--target", "tvm", "--mtriple", "riscv64-linux-gnu"], 3, "device.mtriple"),
+        (["plan", "x", "--target", "tvm", "--device", "host", "--mcpu", "znver4"], 2, "usage.device"),
+        (["build", "x", "--target", "tvm", "--out", "y", "--tune", "-1"], 2, "usage.tune"),
+        (["plan", EXAMPLE, "--target", "onnxruntime", "--kv-cache", "int8"], 3, "target.onnxruntime"),
+        (["plan", EXAMPLE, "--target", "tvm", "--kv-cache", "fp8"], 3, "recipe.kv_cache"),
+        (["plan", EXAMPLE, "--target", "tvm", "--kv-cache", "int3"], 2, "recipe.kv_cache"),
+        (["build", "x", "--target", "tvm", "--out", "y", "--no-parity", "--report", "r.html"], 2, "usage.report"),
         (["plan", "x", "--target", "onnxruntime", "--max-batch", "0"], 2, "usage.max_batch"),
         (["build", "x", "--target", "onnxruntime", "--out", "y", "--tracer", "z"], 2, "usage.tracer"),
         (["build", "x", "--target", "onnxruntime", "--out", "y", "--max-ram", "much"], 2, "usage.size"),
@@ -80,6 +94,20 @@ def test_lists(capfd: pytest.CaptureFixture[str], command: str) -> None:
     assert all(entry["name"] in text for entry in entries)
 
 
+def test_targets_list_devices_and_caches(capfd: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = call(capfd, "targets", "--json")
+    listed = {entry["name"]: entry for entry in json.loads(out)["targets"]}
+    devices = {device["name"]: device["summary"] for device in listed["tvm"]["devices"]}
+    assert {"host", "raspberry-pi-5", "graviton3", "x86-64-v3", "aarch64"} <= devices.keys() and all(devices.values())
+    assert listed["onnxruntime"]["devices"] == []
+    assert listed["onnxruntime"]["kv_caches"] == {"fp32": "native", "fp16": "refused", "int8": "refused"}
+    assert set(listed["tvm"]["kv_caches"].values()) == {"native"}
+    assert listed["tvm"]["default_kv_cache"]["int4-rtn"] == "fp16"
+    assert listed["onnxruntime"]["default_kv_cache"]["int4-rtn"] == "fp32"
+    _, text, _ = call(capfd, "targets")
+    assert "--device raspberry-pi-5" in text
+
+
 def test_doctor_finds_what_is_installed(capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capfd, "doctor", "--json")
     diagnosis = json.loads(out)
@@ -87,7 +115,11 @@ def test_doctor_finds_what_is_installed(capfd: pytest.CaptureFixture[str]) -> No
     checks = {check["name"]: check for check in diagnosis["checks"]}
     assert checks["build: torch"]["detail"].startswith("2.")
     assert checks["target onnxruntime"]["passed"] is True
-    assert checks["target tvm"]["passed"] is False
+    assert checks["target tensorrt"]["passed"] is False
+    assert checks["threads"]["passed"] is True and "physical cores" in checks["threads"]["detail"]
+    for name in ("tvm: apache-tvm", "tvm: apache-tvm-ffi", "tvm: libtvm_runtime", "tvm: ziglang", "2 MB pages"):
+        assert checks[name]["required"] is False
+        assert checks[name]["passed"] or checks[name]["remedy"], name
 
 
 def test_plan_reads_no_weight(
