@@ -66,7 +66,8 @@ CHAINED_ERROR = 2e-5
 
 SIMULATION_FP32 = 1e-3
 """Engine against its simulated quantization, where it computes in float32: sums in other orders, fused kernels. With a
-rounded KV cache also two ways through one engine: a key near a rounding boundary is stored a step away, 1e-4 measured.
+rounded KV cache also two ways through one engine: a key near a rounding boundary is stored a step away. 2.3e-4
+measured between chunks of 7 and of 128 tokens, at the worst position of the example model.
 """
 
 SIMULATION_COARSE = 1e-2
