@@ -30,14 +30,17 @@ def pack_int(layout: "Layout", rows: QuantizedRows, wanted: int, out: np.ndarray
 
 def _stored_words(layout: "Layout", words: np.ndarray) -> np.ndarray:
     """Codes as 32-bit words of four columns [n, K / 4] -> words as stored: int4 [n, K / 8], int8 [n, K / 4]."""
+    stored: np.ndarray = words
     if layout.precision.kind == "int8":
-        flip = 0x80808080 if layout.zero % 256 == 128 else 0  # adding or subtracting 128 flips a byte's top bit
-        return words ^ np.uint32(flip) if flip else words
+        if layout.zero % 256 == 128:  # adding or subtracting 128 flips a byte's top bit
+            stored = words ^ np.uint32(0x80808080)
+        return stored
     low, high = words[:, 0::2], words[:, 1::2]
     if layout.precision.symmetric:  # -8..7 -> 0..15
         low = (low ^ np.uint32(0x08080808)) & np.uint32(0x0F0F0F0F)
         high = (high ^ np.uint32(0x08080808)) & np.uint32(0x0F0F0F0F)
-    return low | (high << np.uint32(4))
+    stored = low | (high << np.uint32(4))
+    return stored
 
 
 def _half(scales: np.ndarray) -> np.ndarray:
