@@ -1,15 +1,18 @@
 """Linking an engine's objects into a shared library, for this machine or another one."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
+from exporter.core.disk import full
 from exporter.core.errors import UnsupportedError
 from exporter.core.machine import triple
-from targets.tvm.devices import Device
+from targets.tvm.devices import HOST, Device
 from targets.tvm.native import THREAD_POOL
 
 GLIBC = "2.28"
@@ -33,10 +36,13 @@ def linker(device: Device) -> Link:
             check=False,
             env={**os.environ, "SOURCE_DATE_EPOCH": "0"},
         )
+        said = (done.stderr or done.stdout).strip()
+        if done.returncode and os.strerror(errno.ENOSPC) in said:
+            raise full(Path(output), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         if done.returncode:
             raise UnsupportedError(
                 "tvm.link",
-                f"{' '.join(command)} failed to link the engine: {(done.stderr or done.stdout).strip()[-500:]}",
+                f"{' '.join(command)} failed to link the engine: {said[-500:]}",
                 "check the C compiler, or install ziglang (pip install 'enginesmith[tvm]')",
             )
 
@@ -44,15 +50,17 @@ def linker(device: Device) -> Link:
 
 
 def link_command(device: Device) -> list[str]:
-    """The compiler driver: the system's own for this machine, ziglang for others or where there is none."""
-    if device.triple == triple():
-        for name in COMPILERS:
-            if found := shutil.which(name):
-                return [found]
-    if find_spec("ziglang") is None:
+    """The compiler driver: this machine's own for an engine that stays here; ziglang for named devices, whose C
+    library may be older, and where there is no compiler."""
+    here = device.triple == triple()
+    own = next((found for name in COMPILERS if (found := shutil.which(name))), None) if here else None
+    zig = find_spec("ziglang") is not None
+    if own is not None and (device.name == HOST or not zig):
+        return [own]
+    if not zig:
         raise UnsupportedError(
             "tvm.linker",
-            f"no linker for {device.triple}: neither a C compiler nor ziglang is installed",
+            f"no linker for {device.triple}: neither a C compiler for it nor ziglang is installed",
             "pip install 'enginesmith[tvm]'",
         )
     return [sys.executable, "-m", "ziglang", "cc", "-target", f"{device.machine}-linux-gnu.{GLIBC}"]

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from exporter.core.canonical import CanonicalModel
 from exporter.core.machine import cpu_features, machine
 from exporter.core.progress import NoProgress
@@ -45,7 +43,3 @@ def lowered(source: BuildSource, profile: str = "x86-64-v3", model: CanonicalMod
     """The programs of a build, without compiling them."""
     setting = Setting(source.config, source.checkpoint, PROFILES[profile], source.recipe.kv_cache)
     return lower(model or source.model, setting)
-
-
-def needs_tvm() -> None:
-    pytest.importorskip("tvm", reason="apache-tvm is not installed: no engines can be compiled")
