@@ -9,9 +9,12 @@ from targets.tvm.kernels.attention_plan import Operands, Plan
 from targets.tvm.kernels.attention_prefill import prefill
 from targets.tvm.kernels.cache_format import BLOCK
 from targets.tvm.kernels.ir import arguments, kernel, size
+from targets.tvm.tuning import DEFAULT, Tuning
 
 
-def attention(isa: Isa, name: str, heads: int, kv_heads: int, head_dim: int, kind: str) -> tirx.PrimFunc:
+def attention(
+    isa: Isa, name: str, heads: int, kv_heads: int, head_dim: int, kind: str, tuning: Tuning = DEFAULT
+) -> tirx.PrimFunc:
     """q float32 [T, heads * D], segments int32 [R, 4], key, value, (key_scale, value_scale) -> y [T, heads * D].
 
     A segment is (cache row, first token, tokens, past length); its token i sees past + i + 1 positions. q is scaled so
@@ -36,5 +39,5 @@ def attention(isa: Isa, name: str, heads: int, kv_heads: int, head_dim: int, kin
             with T.Then():
                 decode(operands, threads)
             with T.Else():
-                prefill(operands, threads)
+                prefill(operands, threads, tuning.queries)
     return finished()

@@ -16,17 +16,15 @@ from targets.tvm.kernels.partial import pieces
 
 KEYS = 128
 """Positions of a block of keys."""
-QUERIES = 192
-"""Rows that a task aims at."""
 
 
-def prefill(operands: Operands, threads: Expr) -> None:
-    """y of every token of every segment.
+def prefill(operands: Operands, threads: Expr, queries: int) -> None:
+    """y of every token of every segment; a task aims at `queries` rows.
 
     Tasks are dealt to the threads in turn, forwards and backwards, so that each gets as much of the causal triangle.
     """
     plan = operands.plan
-    tokens = max(1, QUERIES // plan.group)
+    tokens = max(1, queries // plan.group)
     with T.parallel(0, threads) as worker:
         task = _Task(operands, tokens)
         dealt = T.alloc_buffer((1,), "int64")
@@ -140,7 +138,8 @@ class _Task:
         plan, lanes, vectors = self.plan, self.plan.lanes, self.operands.vectors
         columns = plan.score_columns(plan.tile_rows)
         queries, keys = T.bind(first * plan.head_dim), T.bind(block * (plan.head_dim * BLOCK))
-        for half in range(0, plan.block_vectors, columns):
+        with T.serial(0, plan.block_vectors // columns) as part:
+            half = T.bind(part * columns)
             sums = Sums(lanes, plan.tile_rows, columns)
             sums.fill(lambda row, column: float_vector(0.0, lanes))
             with T.serial(0, plan.head_dim) as d:

@@ -28,13 +28,18 @@ from targets.tvm.kernels.ir import (
 from targets.tvm.kernels.tile import rows_per_tile
 from targets.tvm.kernels.vector import Vectors
 from targets.tvm.packing import Layout, layout
-
-AHEAD = 6144
-"""Bytes of the weight stream that are asked for before they are needed; 8192 is slower where caches alias at 4 KB."""
+from targets.tvm.tuning import DEFAULT, Tuning
 
 
 def linear_int(
-    isa: Isa, name: str, precision: Precision, rows: int, width: int, epilogue: str, bias: bool
+    isa: Isa,
+    name: str,
+    precision: Precision,
+    rows: int,
+    width: int,
+    epilogue: str,
+    bias: bool,
+    tuning: Tuning = DEFAULT,
 ) -> tirx.PrimFunc:
     """codes int32 [M, K/4], scales float32 [M, G], sums int32 [M, G], weights uint8, (bias float32 [N]) -> y.
 
@@ -54,9 +59,9 @@ def linear_int(
     }
     with kernel(name) as finished:
         tensors = dict(zip(shapes, arguments(**shapes), strict=True))
-        product = Product(isa, packed, Epilogue(Vectors(isa), epilogue, rows), tensors)
+        product = Product(isa, packed, Epilogue(Vectors(isa), epilogue, rows), tensors, tuning.prefetch)
         with T.parallel(0, packed.blocks) as block:
-            _every_row(rows_per_tile(isa), m, lambda count, first: product.tile(count, first, block))
+            _every_row(rows_per_tile(isa, tuning), m, lambda count, first: product.tile(count, first, block))
     return finished()
 
 
@@ -72,9 +77,9 @@ def _every_row(tile: int, m: Expr, emit: Callable[[int, Expr], None]) -> None:
 class Product:
     """Emits tiles: some rows of activations times one block of the matrix."""
 
-    def __init__(self, isa: Isa, packed: Layout, epilogue: Epilogue, tensors: dict[str, Expr]) -> None:
+    def __init__(self, isa: Isa, packed: Layout, epilogue: Epilogue, tensors: dict[str, Expr], ahead: int) -> None:
         self.isa, self.packed, self.epilogue, self.tensors = isa, packed, epilogue, tensors
-        self.vectors, self.lanes = Vectors(isa), isa.lanes
+        self.vectors, self.lanes, self.ahead = Vectors(isa), isa.lanes, ahead
         self.bits = packed.precision.bits
         self.chunk = 32 // self.bits  # columns of one stored word
         self.piece = min(packed.group, 32)  # columns that are unrolled
@@ -86,7 +91,7 @@ class Product:
         scales = Registers("float32", self.lanes, 2)
         # A single row has too few sums to keep the multipliers busy: every second word goes to a second set.
         chains = 2 if rows == 1 else 1
-        sums = dots(self.isa, self.bits, 2 * rows * chains, 2 * self.chunk // 4)
+        sums = dots(self.isa, self.bits, 2 * rows * chains, 2)
         for index in range(2 * rows):
             outputs[index] = float_vector(0.0, self.lanes)
         with T.serial(0, packed.groups) as group:
@@ -99,7 +104,7 @@ class Product:
                 scales[vector] = self.vectors.half_from_bytes(
                     tensors["weights"], record + packed.scales_at + 2 * self.lanes * vector
                 )
-            prefetch(tensors["weights"], record + packed.scales_at + AHEAD)
+            prefetch(tensors["weights"], record + packed.scales_at + self.ahead)
             for index in range(2 * rows):
                 total = sums.total(index)
                 for chain in range(1, chains):
@@ -140,19 +145,21 @@ class Product:
 
     def _piece(self, sums: Dots, rows: int, chains: int, start: Expr, words: Expr) -> None:
         """`piece` columns: stored words from `start` on, activations at `words`."""
+        halves = self.chunk // 4
         for chunk in range(self.piece // self.chunk):
+            stored = Registers("uint8", 4 * self.lanes, 2)
             for vector in range(2):
                 line = (2 * chunk + vector) * self.packed.vector_bytes
-                codes = load(self.tensors["weights"], start + line, 4 * self.lanes)
+                stored[vector] = load(self.tensors["weights"], start + line, 4 * self.lanes)
                 if line % 64 == 0:
-                    prefetch(self.tensors["weights"], start + line + AHEAD)
-                for half, part in enumerate(nibbles(codes, self.lanes) if self.bits == 4 else (codes,)):
-                    sums.weigh(2 * half + vector, part)
-            for half in range(self.chunk // 4):
-                step = chunk * (self.chunk // 4) + half
+                    prefetch(self.tensors["weights"], start + line + self.ahead)
+            for half in range(halves):
+                for vector in range(2):
+                    codes = stored[vector] if self.bits == 8 else nibbles(stored[vector], self.lanes, high=half == 1)
+                    sums.weigh(vector, codes)
+                step = chunk * halves + half
                 for row in range(rows):
                     word = self.tensors["codes"][words + step * rows + row]
                     for vector in range(2):
-                        index = 2 * row + vector + 2 * rows * (step % chains)
-                        sums.add(index, 2 * half + vector, word)
+                        sums.add(2 * row + vector + 2 * rows * (step % chains), vector, word)
         sums.close()

@@ -15,19 +15,24 @@ from targets.tvm.kernels.ir import Expr, Registers, arguments, broadcast, kernel
 from targets.tvm.kernels.norm import reciprocal_rms
 from targets.tvm.kernels.tile import rows_per_tile
 from targets.tvm.kernels.vector import Vectors
+from targets.tvm.tuning import DEFAULT, Tuning
 
 
-def quantize(isa: Isa, name: str, width: int, group: int) -> tirx.PrimFunc:
+def quantize(isa: Isa, name: str, width: int, group: int, tuning: Tuning = DEFAULT) -> tirx.PrimFunc:
     """x float32 [M, K] -> codes int32 [M, K / 4], scales float32 [M, G], sums int32 [M, G]."""
-    return _quantize(isa, name, width, group, None, gather=False)
+    return _quantize(isa, name, width, group, None, False, tuning)
 
 
-def norm_quantize(isa: Isa, name: str, width: int, group: int, eps: float, gather: bool = False) -> tirx.PrimFunc:
+def norm_quantize(
+    isa: Isa, name: str, width: int, group: int, eps: float, gather: bool = False, tuning: Tuning = DEFAULT
+) -> tirx.PrimFunc:
     """RMSNorm, then `quantize`: x [T, K], (rows int32 [Q]), gamma [K] -> codes, scales, sums of T or Q rows."""
-    return _quantize(isa, name, width, group, eps, gather)
+    return _quantize(isa, name, width, group, eps, gather, tuning)
 
 
-def _quantize(isa: Isa, name: str, width: int, group: int, eps: float | None, gather: bool) -> tirx.PrimFunc:
+def _quantize(
+    isa: Isa, name: str, width: int, group: int, eps: float | None, gather: bool, tuning: Tuning
+) -> tirx.PrimFunc:
     if width % group or group % 16:
         raise ValueError(f"{width} columns in groups of {group}")
     with kernel(name) as finished:
@@ -46,7 +51,7 @@ def _quantize(isa: Isa, name: str, width: int, group: int, eps: float | None, ga
         )
         rows, gamma = read[0] if gather else None, read[-1] if eps is not None else None
         emit = _Rows(Vectors(isa), width, group, eps, x, rows, gamma, codes, scales, sums)
-        tile = rows_per_tile(isa)
+        tile = rows_per_tile(isa, tuning)
         with T.If(count == 1):
             with T.Then():
                 emit.row(T.int64(0), T.int64(0), 1)

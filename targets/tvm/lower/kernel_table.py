@@ -5,6 +5,7 @@ from importlib import import_module
 from tvm import tirx
 
 from targets.tvm.isa import Isa
+from targets.tvm.tuning import DEFAULT, Tuning
 
 MODULES = {
     "attention": "attention",
@@ -20,8 +21,15 @@ MODULES = {
 """Factory -> the module of targets.tvm.kernels that has it."""
 
 
-def generate(isa: Isa, name: str, factory: str, arguments: tuple[object, ...]) -> tirx.PrimFunc:
+TUNED = ("attention", "linear_int", "norm_quantize", "quantize")
+"""Factories that take a tuning."""
+
+
+def generate(
+    isa: Isa, name: str, factory: str, arguments: tuple[object, ...], tuning: Tuning = DEFAULT
+) -> tirx.PrimFunc:
     """The kernel `name` of a factory; KeyError for a factory that does not exist."""
     module = import_module(f"targets.tvm.kernels.{MODULES[factory]}")
-    function: tirx.PrimFunc = getattr(module, factory)(isa, name, *arguments)
+    chosen = {"tuning": tuning} if factory in TUNED else {}
+    function: tirx.PrimFunc = getattr(module, factory)(isa, name, *arguments, **chosen)
     return function
