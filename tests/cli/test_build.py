@@ -1,6 +1,7 @@
 """Builds through the command line: artifacts, verdicts, and nothing left behind when a build ends early."""
 
 import json
+import platform
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from exporter.core.machine import cpu_features, triple
+from targets.tvm.devices import DEVICES
 from tests.cli.command import Result, enginesmith
 
 Factory = Callable[..., Path]
@@ -113,6 +116,52 @@ def test_two_builds_write_the_same_bytes(built: tuple[Path, Result], checkpoint:
         *("--threads", "1", "--json"),
     )
     assert again.json["digest"] == built[1].json["digest"]
+
+
+def test_an_engine_for_another_machine(checkpoint: Path, tmp_path: Path) -> None:
+    """Built and proven here as far as that goes; it says so, and is refused where it cannot run."""
+    pytest.importorskip("tvm")
+    device = "raspberry-pi-5" if platform.machine() == "x86_64" else "x86-64-v3"
+    built = enginesmith(
+        *("build", checkpoint, "--target", "tvm", "--device", device, "--recipe", "int4-rtn", "--kv-cache", "int8"),
+        *("--max-seq-len", "64", "--out", tmp_path / "engine", "--report", tmp_path / "report.html", "--json"),
+    )
+    assert built.code == 0, built.err
+    assert built.json["parity"]["passed"] is False and built.json["proof"]["engine_run"] is None
+    assert built.json["proof"]["graph_parity"] is True
+    assert "was built for" in built.json["parity"]["facts"]["engine_not_run"]
+    assert "of the engine not checked" in (tmp_path / "report.html").read_text()
+    manifest = enginesmith("inspect", tmp_path / "engine", "--json").json["manifest"]
+    assert manifest["recipe"]["kv_cache"] == "int8"
+    assert manifest["triple"] == ("aarch64-linux" if device == "raspberry-pi-5" else "x86_64-linux")
+    assert ("asimddp" if device == "raspberry-pi-5" else "avx2") in manifest["requirements"]["cpu_features"]
+    for command in (
+        ("verify", tmp_path / "engine", "--against", checkpoint),
+        ("run", tmp_path / "engine", "--prompt-ids", "1"),
+        ("inspect", tmp_path / "engine", "--for-host"),
+    ):
+        refused = enginesmith(*command, "--json")
+        assert refused.code == 5 and refused.json["error"]["kind"] == "artifact.host"
+        assert refused.json["error"]["remedy"]
+
+
+def test_an_engine_for_a_newer_cpu_names_the_missing_feature(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    lacking = next(
+        (device for device in DEVICES.values() if device.triple == triple() and device.foreign),
+        None,
+    )
+    if lacking is None:
+        pytest.skip("this CPU runs engines for every device of its kind")
+    result = enginesmith(
+        *("build", checkpoint, "--target", "tvm", "--device", lacking.name, "--max-seq-len", "64", "--no-parity"),
+        *("--out", tmp_path / "engine"),
+    )
+    assert result.code == 0, result.err
+    refused = enginesmith("run", tmp_path / "engine", "--prompt-ids", "1", "--json")
+    assert refused.code == 5
+    missing = set(lacking.cpu_features) - cpu_features()
+    assert missing and all(feature in refused.json["error"]["message"] for feature in missing)
 
 
 def test_output_exists(built: tuple[Path, Result], checkpoint: Path) -> None:

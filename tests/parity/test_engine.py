@@ -1,6 +1,6 @@
 """Engines of ONNX Runtime verified: sound ones pass, a fault planted in one canonical layer is found in that layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +134,47 @@ def test_engine_of_one_row_has_no_ragged_batch(workshop: Workshop) -> None:
     report = verify_artifact(workshop.build("fp32", limits=Limits(1, 64)), NoProgress())
     assert report.passed
     assert values(report)["ragged_batch_vs_single"] is None
+
+
+def test_an_engine_for_another_machine_is_proven_by_its_graphs_alone(workshop: Workshop) -> None:
+    engine = replace(workshop.build("int4-rtn"), directory=Path("nothing-is-opened"))
+    quantized = apply_recipe(workshop.fused, engine.recipe, workshop.checkpoint.config)
+    arguments = (engine, workshop.traced, workshop.fused, quantized, WeightRows(workshop.checkpoint), NoProgress())
+    report = verify_build(*arguments, not_run="it is for another one")
+    assert not report.passed and report.proof.engine_run is None and report.proof.graph_parity is True
+    assert [stage.stage for stage in report.stages] == ["trace", "fuse", "quantize", "simulate"]
+    # What it is held to is the simulation, with activations rounded: the quantized graph's figures are others.
+    found = {stage.stage: {check.name: check.value for check in stage.checks} for stage in report.stages}
+    assert values(report) == found["simulate"] != found["quantize"]
+    assert report.facts["engine_not_run"] == "it is for another one" in report.describe()
+    assert report.describe().startswith("parity of the graphs passed")
+    with pytest.raises(ParityError, match="the engine was not run"):
+        report.require_passed()
+
+
+def test_a_recipe_that_loses_too_much_fails_without_an_engine(workshop: Workshop) -> None:
+    engine = workshop.build("fp32")
+    damaged = plant(workshop.fused, 2, FAULTS["swish_is_relu"])
+    rows = WeightRows(workshop.checkpoint)
+    with pytest.raises(ParityError) as caught:
+        verify_build(engine, workshop.traced, damaged, damaged, rows, NoProgress(), not_run="it is for another one")
+    assert caught.value.report["first_divergence"]["layer"] == 2  # type: ignore[index]
+
+
+def test_the_ragged_batch_opens_no_longer_a_cache_than_it_needs(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    opened = EngineUnderTest.open
+
+    def watch(self: EngineUnderTest, batch: int, positions: int, hidden: bool) -> Runner:
+        asked.append((batch, positions))
+        return opened(self, batch, positions, hidden)
+
+    monkeypatch.setattr(EngineUnderTest, "open", watch)
+    assert verify_artifact(workshop.build("fp32"), NoProgress()).passed
+    longest = max(PLAN.ragged) + PLAN.ragged_steps
+    assert asked == [(1, LIMITS.max_seq_len), (3, longest), (1, LIMITS.max_seq_len)]
 
 
 class Forgetful(Runner):

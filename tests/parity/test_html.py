@@ -106,6 +106,14 @@ def test_page_loads_nothing_and_runs_nothing() -> None:
     assert "@import" not in text
 
 
+def test_an_engine_that_was_not_run_is_not_called_passed() -> None:
+    proof = Proof(True, "tvm 0.27", None)
+    facts = {"engine_not_run": "the engine was built for <aarch64-linux>"}
+    page = render_html(report(proof=proof, facts=facts), {})
+    assert "parity of the engine not checked" in page and "&lt;aarch64-linux&gt;" in page
+    assert "parity passed" not in page and "parity failed" not in page
+
+
 def test_failure_names_the_divergence() -> None:
     found = Divergence("fuse", 3, "RotaryEmbedding", 0.7)
     page = parse(render_html(report(first_divergence=found), {}))

@@ -55,6 +55,16 @@ def test_what_was_not_run_never_counts_as_passed(proof: Proof, passed: bool) -> 
     assert make(proof=proof).passed is passed
 
 
+def test_an_engine_for_another_machine_fails_nothing_and_passes_nothing() -> None:
+    report = make(proof=Proof(True, "x", None), facts={"engine_not_run": "it is for aarch64-linux"})
+    report.require_passed(engine_run=False)
+    assert not report.passed and report.to_json()["passed"] is False
+    assert "aarch64-linux" in report.describe()
+    failed = make((Check("kl_divergence_mean", 0.4, 0.05),), Proof(True, "x", None))
+    with pytest.raises(ParityError):
+        failed.require_passed(engine_run=False)
+
+
 def test_failed_stage_fails_the_whole() -> None:
     found = Divergence("fuse", 3, "RotaryEmbedding", 0.7)
     stage = StageResult("fuse", (Check("local_error", 0.7, 4e-6, "fuse"),), divergence=found)

@@ -1,0 +1,56 @@
+"""Which row of the contract's table a recipe is held to, its KV cache included."""
+
+from dataclasses import replace
+
+import pytest
+
+from calibration.presets import PRESETS, preset
+from exporter.core.recipe import KV_CACHES, Recipe
+from exporter.parity.limits import CACHES, FP16, FP32, INT4_FINE, INT8, EagerLimits, eager_limits, engine_limits
+
+
+def with_cache(name: str, cache: str) -> Recipe:
+    return replace(preset(name), kv_cache=cache)
+
+
+def gates(limits: EagerLimits) -> tuple[float | None, float, float | None, float]:
+    return (
+        limits.relative_l2_error,
+        limits.kl_divergence_mean,
+        limits.kl_divergence_max,
+        limits.perplexity_ratio,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "cache", "expected"),
+    [
+        ("fp32", "fp32", FP32),
+        ("fp32", "fp16", (FP16.relative_l2_error, 1e-4, None, 1.001)),
+        ("fp32", "int8", (None, 0.003, None, 1.005)),
+        ("bf16", "fp16", (3e-2, 2e-3, None, 1.005)),
+        ("bf16", "int8", (None, 0.003, None, 1.005)),
+        ("int8-weight", "fp16", INT8),
+        ("int8-weight", "int8", INT8),
+        ("int4-rtn", "fp16", INT4_FINE),
+        ("int4-rtn", "int8", INT4_FINE),
+    ],
+)
+def test_the_looser_row_holds(name: str, cache: str, expected: EagerLimits | tuple[float | None, ...]) -> None:
+    found = eager_limits(with_cache(name, cache))
+    assert gates(found) == (gates(expected) if isinstance(expected, EagerLimits) else expected)
+    assert found.why
+
+
+def test_every_cache_has_a_row() -> None:
+    assert set(CACHES) == set(KV_CACHES)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_rounded_cache_is_never_held_tighter_than_none(name: str) -> None:
+    for cache in ("fp16", "int8"):
+        for integer in (True, False):
+            plain = engine_limits(with_cache(name, "fp32"), integer_activations=integer)
+            rounded = engine_limits(with_cache(name, cache), integer_activations=integer)
+            assert rounded.simulation >= plain.simulation and rounded.consistency >= plain.consistency
+            assert rounded.simulation == (1e-2 if integer else 1e-3)
