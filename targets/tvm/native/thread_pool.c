@@ -5,6 +5,8 @@
  * affinity of the process. Here the caller and the workers claim tasks one by one (a worker that the system does not
  * run holds nothing up), wait briefly with a pause instruction, and then sleep.
  *
+ * Kernels that ask TVM for its number of threads ("runtime.NumThreads") are told this pool's: TVM's own is never made.
+ *
  * Exported for TVM: threads(n) -> n, the number of threads that the following calls use, the caller's included.
  */
 #define _GNU_SOURCE
@@ -14,6 +16,8 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <string.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -27,8 +31,12 @@ typedef struct {
 typedef int (*Body)(int task, Group* group, void* data);
 typedef int (*Launch)(Body body, void* data, int tasks);
 
-/* TVM's kernels launch their loops through this pointer of their library; absent where no kernel has one. */
+typedef int (*Lookup)(void* context, const char* name, void** found);
+
+/* TVM's kernels launch their loops and find functions through these pointers of their library, which TVM sets when it
+ * loads the library; absent where no kernel needs them. */
 extern Launch __TVMBackendParallelLaunch __attribute__((weak));
+extern Lookup __TVMFFIEnvModLookupFromImports __attribute__((weak));
 
 typedef struct {
   int32_t type;
@@ -36,7 +44,9 @@ typedef struct {
   int64_t value;
 } Any;
 enum { ANY_INT = 1 };
+typedef int (*Call)(void* self, const Any* args, int32_t count, Any* result);
 extern void TVMFFIErrorSetRaisedFromCStr(const char* kind, const char* message);
+extern int TVMFFIFunctionCreate(void* self, Call call, void (*deleter)(void*), void** function);
 
 /* What threads write often lies on cache lines of its own. */
 #define OWN_LINE __attribute__((aligned(64)))
@@ -59,6 +69,8 @@ static pthread_t workers[MAX_THREADS];
 static int worker_count;
 static uint32_t number, expected; /* of the latest job; of `done` when it has ended */
 static pid_t owner;
+static Lookup tvm_lookup;
+static void* thread_count; /* a function of TVM; lives as long as the process, nobody calls it after this library */
 
 static void futex(_Atomic uint32_t* word, int operation, uint32_t value) {
   syscall(SYS_futex, word, operation | FUTEX_PRIVATE_FLAG, value, 0, 0, 0);
@@ -113,6 +125,7 @@ static int spin_for_work(void) {
 
 static void* worker(void* argument) {
   int number = (int)(intptr_t)argument;
+  prctl(PR_SET_NAME, "engine-worker");
   while (!atomic_load(&stopping)) {
     int mine = number < atomic_load(&active);
     if (mine) run_tasks(1);
@@ -183,6 +196,34 @@ static int grow(int count) {
   return worker_count;
 }
 
+static void answer(Any* result, int value) {
+  result->type = ANY_INT;
+  result->padding = 0;
+  result->value = value;
+}
+
+static int count_threads(void* self, const Any* args, int32_t count, Any* result) {
+  (void)self, (void)args, (void)count;
+  answer(result, atomic_load(&active));
+  return 0;
+}
+
+static int lookup(void* context, const char* name, void** found) {
+  if (strcmp(name, "runtime.NumThreads")) return tvm_lookup(context, name, found);
+  *found = thread_count;
+  return 0;
+}
+
+/* Let the kernels of this library use this pool. */
+static int install(void) {
+  if (&__TVMBackendParallelLaunch) __TVMBackendParallelLaunch = launch;
+  if (!&__TVMFFIEnvModLookupFromImports || __TVMFFIEnvModLookupFromImports == lookup) return 0;
+  if (!thread_count && TVMFFIFunctionCreate(0, count_threads, 0, &thread_count)) return -1;
+  tvm_lookup = __TVMFFIEnvModLookupFromImports;
+  __TVMFFIEnvModLookupFromImports = lookup;
+  return 0;
+}
+
 __attribute__((visibility("default"))) int __tvm_ffi_threads(void* self, const Any* args, int32_t count, Any* result) {
   (void)self;
   if (count != 1 || args[0].type != ANY_INT || args[0].value < 1 || args[0].value > MAX_THREADS) {
@@ -195,15 +236,11 @@ __attribute__((visibility("default"))) int __tvm_ffi_threads(void* self, const A
   owner = getpid();
   int enough = grow(threads - 1) >= threads - 1;
   if (enough) atomic_store(&active, threads);
+  int bad = enough ? install() : 0;
   pthread_mutex_unlock(&busy);
-  if (!enough) {
-    TVMFFIErrorSetRaisedFromCStr("RuntimeError", "the system starts no more threads");
-    return -1;
-  }
-  if (&__TVMBackendParallelLaunch) __TVMBackendParallelLaunch = launch;
-  result->type = ANY_INT;
-  result->padding = 0;
-  result->value = threads;
+  if (!enough) TVMFFIErrorSetRaisedFromCStr("RuntimeError", "the system starts no more threads");
+  if (!enough || bad) return -1;
+  answer(result, threads);
   return 0;
 }
 
