@@ -98,6 +98,25 @@ def test_a_reader_that_has_enough_is_no_failure(built: tuple[Path, Result]) -> N
     assert process.wait(timeout=120) == 0
 
 
+def test_a_report_of_verify_hashes_the_engine_once(
+    built: tuple[Path, Result], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporter import api
+    from exporter.artifact import load
+
+    hashed: list[Path] = []
+    damaged_files = load.damaged_files
+
+    def count(path: Path, *more: object) -> list[str]:
+        hashed.append(path)
+        return damaged_files(path, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(load, "damaged_files", count)
+    assert api.verify(built[0], against=checkpoint, report=tmp_path / "report.html").passed
+    assert hashed == [built[0]]
+    assert "decode_tokens_per_s" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_expected_digest(built: tuple[Path, Result]) -> None:
     digest = built[1].json["digest"]
     assert enginesmith("inspect", built[0], "--expect-digest", digest).code == 0
