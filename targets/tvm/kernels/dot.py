@@ -85,7 +85,16 @@ class Narrow(Dots):
         super().__init__(isa, sums, weights)
         self.depth = depth
         self.steps: dict[int, int] = {}
+        self.starts: dict[int, Expr] = {}
         self.narrow = [Registers("int16", 2 * isa.lanes, sums) for _ in range(parts)]
+
+    def start(self, index: int, value: Expr) -> None:
+        # Added at the end: until then it would hold a register, and there are few.
+        self.starts[index] = value
+        super().start(index, int_vector(0, self.lanes))
+
+    def total(self, index: int) -> Expr:
+        return self.sums[index] + self.starts[index]
 
     def add(self, index: int, slot: int, word: Expr) -> None:
         steps = self.steps.get(index, 0)
@@ -171,10 +180,9 @@ def widen_pairs(lanes: int, products: Expr) -> Expr:
     return intrinsic(f"int32x{lanes}", name, products, T.broadcast(T.int16(1), 2 * lanes))
 
 
-def nibbles(codes: Expr, lanes: int) -> tuple[Expr, Expr]:
-    """The low and the high four bits of each byte, uint8 x 4 * lanes."""
+def nibbles(codes: Expr, lanes: int, high: bool) -> Expr:
+    """The low or the high four bits of each byte, uint8 x 4 * lanes."""
     words = T.reinterpret(f"int32x{lanes}", codes)
-    mask = int_vector(0x0F0F0F0F, lanes)
-    kind = f"uint8x{4 * lanes}"
-    low, high = T.bitwise_and(words, mask), T.bitwise_and(T.shift_right(words, int_vector(4, lanes)), mask)
-    return T.reinterpret(kind, low), T.reinterpret(kind, high)
+    if high:
+        words = T.shift_right(words, int_vector(4, lanes))
+    return T.reinterpret(f"uint8x{4 * lanes}", T.bitwise_and(words, int_vector(0x0F0F0F0F, lanes)))
