@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,15 @@ from tests.targets.engines import random_ids, relative_l2
 from tests.targets.tvm.runners import open_runner
 
 ROOT = Path(targets.__file__).parents[1]
+
+
+def has_workers(count: int) -> bool:
+    """Whether that is their number, or becomes it: threads take their name, and leave, when the system lets them."""
+    for _ in range(500):
+        if workers() == count:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def workers() -> int:
@@ -87,10 +97,10 @@ def test_threads_can_change_between_and_within_runners(tvm_engine):
         with open_runner(built, threads=threads) as runner:
             results.append(runner.prefill(ids, lengths))
             runner.decode(ids[:, 0], np.array([True]))
-            assert workers() == threads - 1
+            assert has_workers(threads - 1)
         assert os.sched_getaffinity(0) == affinity
     del runner
-    assert workers() == 0
+    assert has_workers(0)
     for result in results[1:]:
         assert relative_l2(result, results[0]) <= 1e-5
 
