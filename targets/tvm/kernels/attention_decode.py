@@ -113,14 +113,15 @@ class _Worker:
         plan, lanes, vectors = self.plan, self.plan.lanes, self.operands.vectors
         columns = plan.score_columns(rows)
         keys = T.bind((position + block * BLOCK) * plan.head_dim)
-        for half in range(0, plan.block_vectors, columns):
+        with T.serial(0, plan.block_vectors // columns) as part:
+            half = T.bind(part * columns)
             sums = Sums(lanes, rows, columns)
             sums.fill(lambda row, column: float_vector(0.0, lanes))
             with T.serial(0, plan.head_dim) as d:
                 sums.add(
                     vectors,
-                    lambda row, d=d: self.operands.q[query + (first + row) * plan.head_dim + d],
-                    lambda column, d=d, half=half: read_cached(
+                    lambda row: self.operands.q[query + (first + row) * plan.head_dim + d],
+                    lambda column: read_cached(
                         vectors, plan.kind, self.operands.key, keys + d * BLOCK + (half + column) * lanes
                     ),
                 )
@@ -144,7 +145,7 @@ class _Worker:
                 return weights
             return weights * load(operands.scales[1], position + number * lanes, lanes)
 
-        def value(s: Expr, column: int) -> Expr:
+        def value(s: Expr, column: Expr) -> Expr:
             return read_cached(operands.vectors, plan.kind, operands.value, (position + s) * plan.width + column)
 
         scores = Scores(self.scores, self.factors, first * UNIT, UNIT)

@@ -69,14 +69,13 @@ class Plan:
             columns //= 2
         return columns
 
-    def value_tiles(self, rows: int) -> list[tuple[int, int, int, int]]:
-        """(first row, rows, first vector, vectors) of the tiles that cover `rows` rows of values."""
-        columns = 4 if self.isa.registers >= 32 else 2
-        vectors = self.width // self.lanes
-        tiles = []
-        for first, count in parts(vectors, columns):
-            tiles += [(row, height, first, count) for row, height in parts(rows, self.accumulators // count)]
-        return tiles
+    @property
+    def value_columns(self) -> list[tuple[int, int, int]]:
+        """(first vector, vectors, repetitions) of the tiles that cover a value's width; nearly equal."""
+        count = self.width // self.lanes
+        columns = -(-count // -(-count // (4 if self.isa.registers >= 32 else 2)))
+        rest = count % columns
+        return [(0, columns, count // columns)] + [(count - rest, rest, 1)] * bool(rest)
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Operands:
 
 
 def parts(count: int, most: int) -> list[tuple[int, int]]:
-    """(first, count) of the fewest, most equal parts that are no larger than `most`: 5 by 4 gives 3 and 2."""
+    """(first, count) of the fewest, most equal parts that are no larger than `most`: 5 by 4 gives 2 and 3."""
     number = -(-count // most)
     bounds = [count * i // number for i in range(number + 1)]
     return [(low, high - low) for low, high in pairwise(bounds)]

@@ -146,8 +146,8 @@ class _Task:
                 place = keys + d * BLOCK + half * lanes
                 sums.add(
                     vectors,
-                    lambda row, d=d: self.queries[queries + row * plan.head_dim + d],
-                    lambda column, place=place: load(self.keys, place + column * lanes, lanes),
+                    lambda row: self.queries[queries + row * plan.head_dim + d],
+                    lambda column: load(self.keys, place + column * lanes, lanes),
                 )
             for row in range(plan.tile_rows):
                 for column, group in enumerate(sums.groups):

@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from targets.tvm.kernels.attention_plan import LOWEST, Plan
+from targets.tvm.kernels.attention_plan import LOWEST, Plan, parts
 from targets.tvm.kernels.ir import Expr, Registers, broadcast, float_vector, load, store
 from targets.tvm.kernels.partial import store_part
 from targets.tvm.kernels.vector import Vectors
@@ -133,27 +133,32 @@ def soften(
 
 
 def gather(
-    state: State, first: Expr, rows: int, scores: Scores, count: Expr, value: Callable[[Expr, int], Expr]
+    state: State, first: Expr, rows: int, scores: Scores, count: Expr, value: Callable[[Expr, Expr], Expr]
 ) -> None:
     """values[first + row] = values[first + row] * factors[row] + sum over s < count of weights[row, s] * value(s)."""
-    for tile in state.plan.value_tiles(rows):
-        _gather_tile(state, first, tile, scores, count, value)
+    lanes = state.plan.lanes
+    for vector, columns, repetitions in state.plan.value_columns:
+        with T.serial(0, repetitions) as repetition:
+            column = T.bind((vector + repetition * columns) * lanes)
+            for low, height in parts(rows, state.plan.accumulators // columns):
+                _gather_tile(state, first, (low, height, column, columns), scores, count, value)
 
 
 def _gather_tile(
     state: State,
     first: Expr,
-    tile: tuple[int, int, int, int],
+    tile: tuple[int, int, Expr, int],
     scores: Scores,
     count: Expr,
-    value: Callable[[Expr, int], Expr],
+    value: Callable[[Expr, Expr], Expr],
 ) -> None:
+    """One tile: (first row, rows, first column, vectors)."""
     lanes, width = state.plan.lanes, state.plan.width
     low, height, column, columns = tile
     sums = Sums(lanes, height, columns)
 
     def place(row: int, number: int) -> Expr:
-        return (first + low + row) * width + (column + number) * lanes
+        return (first + low + row) * width + column + number * lanes
 
     def scaled(row: int, number: int) -> Expr:
         return load(state.values, place(row, number), lanes) * load(scores.factors, (low + row) * lanes, lanes)
@@ -163,7 +168,7 @@ def _gather_tile(
         sums.add(
             state.vectors,
             lambda row: scores.buffer[scores.place(low + row, s)],
-            lambda number: value(s, (column + number) * lanes),
+            lambda number: value(s, column + number * lanes),
         )
     for row in range(height):
         for number, group in enumerate(sums.groups):

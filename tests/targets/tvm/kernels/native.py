@@ -12,6 +12,7 @@ tvm = pytest.importorskip("tvm", reason="apache-tvm is not installed")
 
 from exporter.artifact.host import cpu_features  # noqa: E402
 from targets.tvm.isa import PROFILES, Isa  # noqa: E402
+from targets.tvm.kernels.pipeline import compiling  # noqa: E402
 
 # The same intrinsics in EVEX form, for CPUs that have AVX-512 VNNI and no AVX-VNNI.
 EVEX_VNNI = ("avx512vl", "avx512_vnni")
@@ -36,7 +37,8 @@ every_profile = pytest.mark.parametrize("isa", NATIVE, ids=lambda isa: isa.name)
 def compiled(function: Any, isa: Isa) -> Callable[..., None]:
     """The kernel as a function of NumPy arrays; outputs are written in place."""
     target = tvm.target.Target({"kind": "llvm", "mcpu": isa.mcpu, "mattr": list(attributes(isa) or ())})
-    run = tvm.compile(function, target=target)[function.attrs["global_symbol"]]
+    with compiling():
+        run = tvm.compile(function, target=target)[function.attrs["global_symbol"]]
     return lambda *arrays: run(*(tvm.runtime.from_dlpack(array) for array in arrays))
 
 

@@ -1,12 +1,21 @@
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+
 import numpy as np
 import pytest
 
+from exporter.core.errors import UnsupportedError
 from tests.targets.tvm.kernels.caches import Cache
-from tests.targets.tvm.kernels.native import aligned, compiled, every_profile
+from tests.targets.tvm.kernels.calls import all_profiles, outside_calls
+from tests.targets.tvm.kernels.native import NATIVE, aligned, compiled, every_profile
 
 pytest.importorskip("tvm")
+import tvm_ffi
+
 from targets.tvm.isa import Isa
 from targets.tvm.kernels.attention import attention
+from targets.tvm.kernels.attention_plan import parts
 from targets.tvm.kernels.vector import LOG2_E
 
 # float32 sums of up to 128 terms for scores of about 5, then of several hundred for values; measured up to 4e-6.
@@ -47,6 +56,11 @@ def spoiled(cache: Cache, segments: Segments) -> None:
     key[...] = by_position.reshape(*key.shape[:3], key.shape[4], key.shape[3]).swapaxes(3, 4)
 
 
+@cache
+def kernel_of(isa: Isa, heads: int, kv_heads: int, head_dim: int, kind: str) -> Callable[..., None]:
+    return compiled(attention(isa, "attention", heads, kv_heads, head_dim, kind), isa)
+
+
 def check(isa: Isa, kind: str, head_dim: int, heads: int, kv_heads: int, segments: Segments) -> None:
     random = np.random.default_rng(heads * head_dim)
     tokens = max(first + count for _, first, count, _ in segments)
@@ -59,25 +73,71 @@ def check(isa: Isa, kind: str, head_dim: int, heads: int, kv_heads: int, segment
     expected = reference(q, segments, *cache.decoded())
     spoiled(cache, segments)
     y = aligned(np.full((tokens, heads * head_dim), np.nan, np.float32))
-    run = compiled(attention(isa, "attention", heads, kv_heads, head_dim, kind), isa)
+    run = kernel_of(isa, heads, kv_heads, head_dim, kind)
     run(q.reshape(tokens, -1), aligned(np.array(segments, np.int32)), *cache.arrays, y)
     np.testing.assert_allclose(y.reshape(expected.shape), expected, rtol=0, atol=TOLERANCE)
 
 
+SEGMENTS = pytest.mark.parametrize("segments", [RAGGED_DECODE, RAGGED_PREFILL], ids=["decode", "prefill"])
+
+
 @every_profile
-@pytest.mark.parametrize("segments", [RAGGED_DECODE, RAGGED_PREFILL], ids=["decode", "prefill"])
+@SEGMENTS
 @pytest.mark.parametrize(
     "kind, head_dim, heads, kv_heads",
-    [
-        *((kind, 64, 4, 1) for kind in ("fp32", "fp16", "int8")),
-        ("fp16", 16, 3, 3),
-        ("int8", 24, 6, 2),
-        ("fp16", 80, 8, 1),
-        ("int8", 128, 4, 2),
-        ("fp32", 24, 13, 1),
-    ],
+    [("fp32", 64, 4, 1), ("fp16", 80, 8, 1), ("int8", 24, 6, 2)],
 )
 def test_every_token_sees_its_own_past(
     isa: Isa, kind: str, head_dim: int, heads: int, kv_heads: int, segments: Segments
 ) -> None:
     check(isa, kind, head_dim, heads, kv_heads, segments)
+
+
+@SEGMENTS
+@pytest.mark.parametrize(
+    "kind, head_dim, heads, kv_heads",
+    [("fp16", 64, 4, 1), ("int8", 64, 4, 1), ("fp16", 16, 3, 3), ("int8", 128, 4, 2), ("fp32", 24, 13, 1)],
+)
+def test_other_shapes(kind: str, head_dim: int, heads: int, kv_heads: int, segments: Segments) -> None:
+    check(NATIVE[0], kind, head_dim, heads, kv_heads, segments)
+
+
+@pytest.fixture
+def five_threads() -> Iterator[None]:
+    """More threads than the machine has cores, perhaps: heads are split among several."""
+    configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+    configure(1, 5)
+    yield
+    configure(1, int(os.environ["TVM_NUM_THREADS"]))
+
+
+@pytest.mark.usefixtures("five_threads")
+@pytest.mark.parametrize(
+    "segments", [[(1, 0, 1, 900)], [(0, 0, 1, 5), (2, 1, 1, 650), (1, 2, 1, 390)], [(2, 0, 200, 3)]]
+)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_threads_share_what_is_there(segments: Segments, kv_heads: int) -> None:
+    """One head that three and more threads split, threads whose piece lies inside a head, more threads than tasks."""
+    check(NATIVE[0], "fp16", 16, 4, kv_heads, segments)
+
+
+@all_profiles
+@pytest.mark.parametrize("kind", ["fp16", "int8"])
+def test_nothing_is_called_outside_of_the_kernel(isa: Isa, kind: str) -> None:
+    assert outside_calls(attention(isa, "attention", 6, 2, 40, kind), isa) == set()
+
+
+def test_heads_that_cannot_share_are_refused() -> None:
+    with pytest.raises(ValueError, match="6 query heads cannot share 4"):
+        attention(NATIVE[0], "attention", 6, 4, 64, "fp16")
+
+
+def test_an_unknown_kind_of_cache_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="'fp8' is unknown"):
+        attention(NATIVE[0], "attention", 4, 4, 64, "fp8")
+
+
+def test_parts_are_equal() -> None:
+    assert parts(5, 4) == [(0, 2), (2, 3)]
+    assert parts(8, 8) == [(0, 8)]
+    assert [count for _, count in parts(13, 6)] == [4, 4, 5]
