@@ -1,6 +1,8 @@
 """Devices: what they compile with, what they need of a CPU, and which requests are refused."""
 
 import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,3 +173,9 @@ def test_options_contradict_or_leave_their_range() -> None:
         with pytest.raises(InputError) as caught:
             DeviceOptions(tune_minutes=minutes)
         assert caught.value.kind == "usage.tune"
+
+
+def test_the_page_lists_the_devices_as_they_are() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "targets.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\w-]+) \| ([\w-]+) \| (.+) \|$", page, re.MULTILINE)
+    assert rows == [(d.name, d.isa.name, d.mcpu, d.summary) for d in DEVICES.values()]
