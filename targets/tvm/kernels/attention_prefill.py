@@ -101,9 +101,9 @@ class _Task:
                 if scales:
                     scale = T.bind(load(scales[0], position + block * BLOCK + column, plan.lanes))
                 with T.serial(0, plan.head_dim) as d:
-                    place = (block * plan.head_dim + d) * BLOCK + column
-                    value = read_cached(vectors, plan.kind, self.operands.key, position * plan.head_dim + place)
-                    store(self.keys, place, value * scale if scales else value, plan.lanes)
+                    start = (block * plan.head_dim + d) * BLOCK + column
+                    value = read_cached(vectors, plan.kind, self.operands.key, position * plan.head_dim + start)
+                    store(self.keys, start, value * scale if scales else value, plan.lanes)
 
     def _widen_values(self, position: Expr, count: Expr) -> None:
         plan, vectors, scales = self.plan, self.operands.vectors, self.operands.scales
@@ -111,8 +111,8 @@ class _Task:
             if scales:
                 scale = T.bind(broadcast(scales[1][position + s], plan.lanes))
             for column in range(0, plan.width, plan.lanes):
-                place = (position + s) * plan.width + column
-                value = read_cached(vectors, plan.kind, self.operands.value, place)
+                start = (position + s) * plan.width + column
+                value = read_cached(vectors, plan.kind, self.operands.value, start)
                 store(self.values, s * plan.width + column, value * scale if scales else value, plan.lanes)
 
     def _tile(self, first: Expr, visible: Expr, count: Expr, seen: Expr) -> None:
@@ -143,11 +143,11 @@ class _Task:
             sums = Sums(lanes, plan.tile_rows, columns)
             sums.fill(lambda row, column: float_vector(0.0, lanes))
             with T.serial(0, plan.head_dim) as d:
-                place = keys + d * BLOCK + half * lanes
+                start = keys + d * BLOCK + half * lanes
                 sums.add(
                     vectors,
                     lambda row: self.queries[queries + row * plan.head_dim + d],
-                    lambda column: load(self.keys, place + column * lanes, lanes),
+                    lambda column: load(self.keys, start + column * lanes, lanes),
                 )
             for row in range(plan.tile_rows):
                 for column, group in enumerate(sums.groups):
