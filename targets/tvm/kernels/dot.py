@@ -28,8 +28,10 @@ class Dots:
     """Accumulators that add products of a weight vector and a word of activations.
 
     `start` an accumulator, `weigh` a vector, `add` products, `close` after every unrolled run of at most 8 steps;
-    `total` is the int32 vector.
+    `total` is the int32 vector. Where `unrolled` is false, steps stand in a loop, after `open`.
     """
+
+    unrolled = True
 
     def __init__(self, isa: Isa, sums: int, weights: int) -> None:
         self.isa, self.lanes = isa, isa.lanes
@@ -48,6 +50,9 @@ class Dots:
 
     def close(self) -> None:
         """Bring everything into 32 bits."""
+
+    def open(self) -> None:
+        """Before a loop of steps."""
 
     def total(self, index: int) -> Expr:
         return self.sums[index]
@@ -104,6 +109,12 @@ class Narrow(Dots):
         if self.steps[index] == self.depth:
             self._widen(index)
 
+    def open(self) -> None:
+        for index in self.starts:
+            self.steps[index] = 1
+            for part in self.narrow:
+                part[index] = T.broadcast(T.int16(0), 2 * self.lanes)
+
     def close(self) -> None:
         for index in [index for index, steps in self.steps.items() if steps]:
             self._widen(index)
@@ -122,6 +133,8 @@ class Narrow(Dots):
 class Maddubs(Narrow):
     """SSSE3 and AVX2, int4: pairs of unsigned x signed products. 8 steps of 2 * 15 * 127 stay below 2^15."""
 
+    unrolled = False  # one long block would be scheduled sum by sum, and the weights spilled
+
     def __init__(self, isa: Isa, sums: int, weights: int, depth: int) -> None:
         super().__init__(isa, sums, weights, depth, 1)
 
@@ -134,6 +147,8 @@ class Maddubs(Narrow):
 
 class SignedMaddubs(Dots):
     """SSSE3 and AVX2, int8: |w| times x with the sign of w. A pair is at most 2 * 128 * 127, below 2^15."""
+
+    unrolled = False
 
     def __init__(self, isa: Isa, sums: int, weights: int) -> None:
         super().__init__(isa, sums, weights)

@@ -59,7 +59,7 @@ def linear_int(
     }
     with kernel(name) as finished:
         tensors = dict(zip(shapes, arguments(**shapes), strict=True))
-        product = Product(isa, packed, Epilogue(Vectors(isa), epilogue, rows), tensors, tuning.prefetch)
+        product = Product(isa, packed, Epilogue(Vectors(isa), epilogue, rows), tensors, m, tuning.prefetch)
         with T.parallel(0, packed.blocks) as block:
             _every_row(rows_per_tile(isa, tuning), m, lambda count, first: product.tile(count, first, block))
     return finished()
@@ -77,9 +77,11 @@ def _every_row(tile: int, m: Expr, emit: Callable[[int, Expr], None]) -> None:
 class Product:
     """Emits tiles: some rows of activations times one block of the matrix."""
 
-    def __init__(self, isa: Isa, packed: Layout, epilogue: Epilogue, tensors: dict[str, Expr], ahead: int) -> None:
+    def __init__(
+        self, isa: Isa, packed: Layout, epilogue: Epilogue, tensors: dict[str, Expr], m: Expr, ahead: int
+    ) -> None:
         self.isa, self.packed, self.epilogue, self.tensors = isa, packed, epilogue, tensors
-        self.vectors, self.lanes, self.ahead = Vectors(isa), isa.lanes, ahead
+        self.vectors, self.lanes, self.m, self.ahead = Vectors(isa), isa.lanes, m, ahead
         self.bits = packed.precision.bits
         self.chunk = 32 // self.bits  # columns of one stored word
         self.piece = min(packed.group, 32)  # columns that are unrolled
@@ -145,21 +147,33 @@ class Product:
 
     def _piece(self, sums: Dots, rows: int, chains: int, start: Expr, words: Expr) -> None:
         """`piece` columns: stored words from `start` on, activations at `words`."""
-        halves = self.chunk // 4
-        for chunk in range(self.piece // self.chunk):
-            stored = Registers("uint8", 4 * self.lanes, 2)
-            for vector in range(2):
-                line = (2 * chunk + vector) * self.packed.vector_bytes
-                stored[vector] = load(self.tensors["weights"], start + line, 4 * self.lanes)
-                if line % 64 == 0:
-                    prefetch(self.tensors["weights"], start + line + self.ahead)
-            for half in range(halves):
-                for vector in range(2):
-                    codes = stored[vector] if self.bits == 8 else nibbles(stored[vector], self.lanes, high=half == 1)
-                    sums.weigh(vector, codes)
-                step = chunk * halves + half
-                for row in range(rows):
-                    word = self.tensors["codes"][words + step * rows + row]
-                    for vector in range(2):
-                        sums.add(2 * row + vector + 2 * rows * (step % chains), vector, word)
+        chunks = self.piece // self.chunk
+        if sums.unrolled or rows * self.chunk // 4 <= 2:
+            for chunk in range(chunks):
+                self._chunk(sums, rows, chains, start, words, chunk)
+        else:
+            # The bound is `chunks`, m being less than 2^40, but LLVM does not know it and so keeps the loop.
+            sums.open()
+            with T.serial(0, T.max(chunks, T.shift_right(self.m, T.int64(40)))) as chunk:
+                self._chunk(sums, rows, chains, start, words, chunk)
         sums.close()
+
+    def _chunk(self, sums: Dots, rows: int, chains: int, start: Expr, words: Expr, chunk: Expr) -> None:
+        """The columns of one stored word of each row."""
+        halves, size = self.chunk // 4, self.packed.vector_bytes
+        stored = Registers("uint8", size, 2)
+        for vector in range(2):
+            at = start + (2 * chunk + vector) * size
+            stored[vector] = load(self.tensors["weights"], at, size)
+            if vector == 0 or size == 64:
+                prefetch(self.tensors["weights"], at + self.ahead)
+        for half in range(halves):
+            for vector in range(2):
+                codes = stored[vector] if self.bits == 8 else nibbles(stored[vector], self.lanes, high=half == 1)
+                sums.weigh(vector, codes)
+            step = chunk * halves + half
+            for row in range(rows):
+                word = self.tensors["codes"][words + step * rows + row]
+                for vector in range(2):
+                    index = 2 * row + vector + (2 * rows * (step % chains) if chains > 1 else 0)
+                    sums.add(index, vector, word)
