@@ -38,6 +38,19 @@ def cpu_features(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     return frozenset()
 
 
+def cpu_model(cpuinfo: Path = CPUINFO) -> str:
+    """The processor's name; on aarch64, which has none, the numbers of its maker and part; else its architecture."""
+    try:
+        lines = cpuinfo.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if values.get("model name"):
+        return values["model name"]
+    numbers = [values.get("CPU implementer", ""), values.get("CPU part", "")]
+    return " ".join(["CPU", *numbers]) if all(numbers) else machine()
+
+
 def physical_cores() -> int:
     """Cores this process may use: affinity, without hyperthreads, within the control group's CPU quota."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

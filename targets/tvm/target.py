@@ -12,6 +12,7 @@ from targets.base import BuildResult, BuildSource, DeviceOptions, Limits, Runner
 from targets.tvm import support
 from targets.tvm.devices import device_names, resolve_device
 from targets.tvm.link import can_link
+from targets.tvm.tuning_choice import known_results
 
 PACKAGES = {"tvm": "apache-tvm", "tvm-ffi": "apache-tvm-ffi", "onnx-ir": "onnx-ir"}
 REMEDY = "pip install 'enginesmith[build,tvm]'"
@@ -51,7 +52,7 @@ class TvmTarget:
         return device_names()
 
     def check_device(self, options: DeviceOptions) -> None:
-        resolve_device(options)
+        known_results(options, resolve_device(options))
 
     def capabilities(self) -> dict[str, Support]:
         return support.capabilities()

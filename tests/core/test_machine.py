@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from exporter.core import machine as this
-from exporter.core.machine import cpu_features, cpu_quota, physical_cores, triple
+from exporter.core.machine import cpu_features, cpu_model, cpu_quota, physical_cores, triple
 
 
 def test_triple_uses_one_name_per_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +30,23 @@ def topology(root: Path, siblings: list[str]) -> Path:
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(text + "\n")
     return root
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("processor : 0\nmodel name\t: A CPU 9000 \n", "A CPU 9000"),
+        ("CPU implementer\t: 0x41\nCPU part\t: 0xd0b\n", "CPU 0x41 0xd0b"),
+        ("nothing known\n", this.machine()),
+    ],
+)
+def test_the_name_of_the_cpu(tmp_path: Path, text: str, name: str) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert cpu_model(tmp_path / "cpuinfo") == name
+
+
+def test_a_system_that_does_not_tell_the_cpu(tmp_path: Path) -> None:
+    assert cpu_model(tmp_path / "none") == this.machine()
 
 
 @pytest.mark.parametrize(
