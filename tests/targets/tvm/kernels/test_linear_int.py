@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from exporter.core.recipe import Precision
-from targets.tvm.isa import PROFILES, Isa
+from targets.tvm.isa import Isa
 from targets.tvm.kernels.tile import rows_per_tile
 from tests.targets.tvm.kernels.calls import all_profiles, outside_calls
 from tests.targets.tvm.kernels.native import aligned, compiled, every_profile
@@ -146,10 +146,3 @@ def assembly(function: object, isa: Isa) -> str:
 
     described = {"kind": "llvm", "mtriple": f"{isa.machine}-linux-gnu", "mcpu": isa.mcpu, "mattr": list(isa.mattr)}
     return str(tvm.compile(function, target=tvm.target.Target(described)).mod.inspect_source("asm"))
-
-
-def test_groups_must_divide_the_width() -> None:
-    from exporter.core.errors import UnsupportedError
-
-    with pytest.raises(UnsupportedError, match="do not divide"):
-        linear_int(PROFILES["x86-64-v3"], "linear", Precision("int4", 64), 32, 96, "plain", False)
