@@ -69,11 +69,11 @@ class Plan:
             columns //= 2
         return columns
 
-    @property
-    def value_columns(self) -> list[tuple[int, int, int]]:
-        """(first vector, vectors, repetitions) of the tiles that cover a value's width; nearly equal."""
+    def value_columns(self, rows: int) -> list[tuple[int, int, int]]:
+        """(first vector, vectors, repetitions) of the tiles that cover a value's width, `rows` rows; nearly equal."""
         count = self.width // self.lanes
-        columns = -(-count // -(-count // (4 if self.isa.registers >= 32 else 2)))
+        most = 4 if self.isa.registers >= 32 else max(2, min(3, self.accumulators // rows))
+        columns = -(-count // -(-count // most))
         rest = count % columns
         return [(0, columns, count // columns)] + [(count - rest, rest, 1)] * bool(rest)
 

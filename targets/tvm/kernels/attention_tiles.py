@@ -137,7 +137,7 @@ def gather(
 ) -> None:
     """values[first + row] = values[first + row] * factors[row] + sum over s < count of weights[row, s] * value(s)."""
     lanes = state.plan.lanes
-    for vector, columns, repetitions in state.plan.value_columns:
+    for vector, columns, repetitions in state.plan.value_columns(rows):
         with T.serial(0, repetitions) as repetition:
             column = T.bind((vector + repetition * columns) * lanes)
             for low, height in parts(rows, state.plan.accumulators // columns):
