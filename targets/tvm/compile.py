@@ -5,28 +5,32 @@ from typing import TYPE_CHECKING
 
 from targets.tvm.devices import Device
 from targets.tvm.link import linker
+from targets.tvm.tuning import DEFAULT, Tuning
 
 if TYPE_CHECKING:
     import tvm
 
     from targets.tvm.lower.program import LoweredModel
 
-CHUNK = 512
-"""Tokens of one step at most: longer prompts run in chunks."""
 
+def compile_engine(model: "LoweredModel", device: Device, library: Path, tuning: Tuning = DEFAULT) -> None:
+    """Write the engine's library for a device; the same model and tuning give the same bytes.
 
-def compile_engine(model: "LoweredModel", device: Device, library: Path) -> None:
-    """Write the engine's library for a device; the same model gives the same bytes."""
+    A step takes `tuning.chunk` tokens at most.
+    """
     from targets.tvm.lower.relax_module import relax_module
 
-    compile_module(relax_module(model, device.isa, CHUNK), device, library)
+    compile_module(relax_module(model, device.isa, tuning), device, library)
 
 
 def compile_module(module: "tvm.IRModule", device: Device, library: Path) -> None:
     """Compile and link a Relax module whose kernels are written: nothing is fused, scheduled or legalised."""
     import tvm
 
-    executable = tvm.compile(module, tvm.target.Target(device.tvm_target()), relax_pipeline=_pipeline())
+    from targets.tvm.kernels.pipeline import compiling
+
+    with compiling():
+        executable = tvm.compile(module, tvm.target.Target(device.tvm_target()), relax_pipeline=_pipeline())
     executable.export_library(str(library), fcompile=linker(device))
 
 

@@ -15,6 +15,7 @@ from targets.tvm.link import can_link
 from targets.tvm.tuning_choice import known_results
 
 PACKAGES = {"tvm": "apache-tvm", "tvm-ffi": "apache-tvm-ffi", "onnx-ir": "onnx-ir"}
+RUNNING = {"tvm", "tvm-ffi"}
 REMEDY = "pip install 'enginesmith[build,tvm]'"
 
 
@@ -26,10 +27,10 @@ class TvmTarget:
 
     def probe(self) -> Support:
         """Whether engines can be built here; running one needs apache-tvm-ffi and TVM's runtime library alone."""
-        missing = [PACKAGES[name] for name, version in self.versions().items() if not version]
+        missing = [name for name, version in self.versions().items() if not version]
         if missing:
-            runs = " (engines built before do run)" if missing == ["onnx-ir"] else ""
-            return Support("refused", f"not installed: {', '.join(missing)}{runs}", REMEDY)
+            runs = "" if set(missing) & RUNNING else " (engines built before do run)"
+            return Support("refused", f"not installed: {', '.join(PACKAGES[name] for name in missing)}{runs}", REMEDY)
         if not can_link():
             return Support("refused", "neither a C compiler nor ziglang is installed to link engines", REMEDY)
         try:

@@ -1,6 +1,7 @@
 """The Relax module of an engine: kernels, and the VM functions `embed`, `layer`, `head` and `forward` over them."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import tvm
 from tvm import relax, tirx
@@ -9,6 +10,7 @@ from targets.tvm.isa import Isa
 from targets.tvm.lower.kernel_table import generate
 from targets.tvm.lower.program import Call, Kernel, LoweredModel, Program, Tensor
 from targets.tvm.lower.tensors import IDS, OUT_ROWS, POSITIONS, SEGMENTS, TOKEN_ROWS
+from targets.tvm.tuning import DEFAULT, Tuning
 
 Generate = Callable[[Isa, str, str, tuple[object, ...]], tirx.PrimFunc]
 
@@ -118,9 +120,9 @@ class ModuleBuilder:
         return self._kernels[kernel]
 
 
-def relax_module(model: LoweredModel, isa: Isa, chunk: int, generate_kernel: Generate = generate) -> tvm.IRModule:
+def relax_module(model: LoweredModel, isa: Isa, tuning: Tuning = DEFAULT) -> tvm.IRModule:
     """`embed`, `layer` (or `layer_0`, `layer_1`, ...), `head` and `forward` of a model."""
-    builder = ModuleBuilder(isa, chunk, generate_kernel)
+    builder = ModuleBuilder(isa, tuning.chunk, partial(generate, tuning=tuning))
     builder.add_function("embed", model.embedding.program)
     for name, layer in dict(zip(model.layer_functions, model.layers, strict=True)).items():
         builder.add_function(name, layer.program)

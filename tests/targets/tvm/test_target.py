@@ -1,0 +1,79 @@
+"""What the target says about itself, before anything is built, and what it builds for other machines."""
+
+import pytest
+
+from calibration.presets import PRESETS, preset
+from exporter.core.errors import InputError
+from exporter.core.recipe import Precision, Recipe
+from exporter.core.support import Support
+from targets.base import DeviceOptions
+from targets.registry import get_target
+from targets.tvm import target as target_module
+from targets.tvm.file_names import LIBRARY
+
+FP32, INT8 = Precision("fp32"), Precision("int8", 32)
+ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
+
+
+def test_probe_names_what_is_missing(monkeypatch):
+    pytest.importorskip("tvm", reason="apache-tvm is not installed")
+    assert get_target("tvm").probe() == Support("native")
+    monkeypatch.setitem(target_module.PACKAGES, "tvm", "no-such-package")
+    answer = get_target("tvm").probe()
+    assert (answer.level, get_target("tvm").versions()["tvm"]) == ("refused", "")
+    assert "no-such-package" in answer.why
+    assert "engines built before" not in answer.why
+    assert "pip install" in answer.remedy
+
+
+def test_probe_says_when_engines_built_before_do_run(monkeypatch):
+    pytest.importorskip("tvm", reason="apache-tvm is not installed")
+    monkeypatch.setitem(target_module.PACKAGES, "onnx-ir", "no-such-package")
+    assert "engines built before do run" in get_target("tvm").probe().why
+
+
+def test_probe_wants_a_linker(monkeypatch):
+    pytest.importorskip("tvm", reason="apache-tvm is not installed")
+    monkeypatch.setattr(target_module, "can_link", lambda: False)
+    answer = get_target("tvm").probe()
+    assert answer.level == "refused"
+    assert "ziglang" in answer.why
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_cache_is_no_finer_than_the_weights(name):
+    expected = "fp32" if name in ("fp32", "bf16") else "fp16"
+    assert get_target("tvm").default_kv_cache(preset(name)) == expected
+
+
+def test_integers_in_any_part_make_the_cache_fp16():
+    assert get_target("tvm").default_kv_cache(Recipe("r", FP32, FP32, INT8)) == "fp16"
+
+
+def test_an_fp8_cache_is_refused(tiny_checkpoint):
+    from exporter.core.config import ModelConfig
+
+    config = ModelConfig.from_directory(tiny_checkpoint("gqa"))
+    for kind, level in (("fp32", "native"), ("fp16", "native"), ("int8", "native"), ("fp8", "refused")):
+        assert get_target("tvm").supports(config, Recipe("r", FP32, FP32, FP32, kind)).level == level
+
+
+def test_devices_are_checked_before_anything_is_built():
+    target = get_target("tvm")
+    assert {"host", "raspberry-pi-5", "graviton3"} <= target.devices().keys()
+    target.check_device(DeviceOptions(device="raspberry-pi-5"))
+    with pytest.raises(InputError, match="pdp-11"):
+        target.check_device(DeviceOptions(device="pdp-11"))
+
+
+@pytest.mark.parametrize("device", ["raspberry-pi-5", "x86-64-v2"])
+def test_engines_for_other_machines_are_compiled_and_linked_here(tvm_engine, device):
+    pytest.importorskip("ziglang", reason="ziglang is not installed: nothing links for other machines")
+    built = tvm_engine("gqa", "int4", "int8", device)
+    wanted = "aarch64" if device == "raspberry-pi-5" else "x86_64"
+    header = (built.path / LIBRARY).read_bytes()[:20]
+    assert header[:4] == b"\x7fELF"
+    assert int.from_bytes(header[18:20], "little") == ELF_MACHINES[wanted]
+    assert built.result.triple == f"{wanted}-linux"
+    features = built.result.requirements["cpu_features"]
+    assert ("asimddp" if wanted == "aarch64" else "sse4_2") in features
