@@ -30,17 +30,14 @@ def pack_int(layout: "Layout", rows: QuantizedRows, wanted: int, out: np.ndarray
 
 def _stored_words(layout: "Layout", words: np.ndarray) -> np.ndarray:
     """Codes as 32-bit words of four columns [n, K / 4] -> words as stored: int4 [n, K / 8], int8 [n, K / 4]."""
-    stored: np.ndarray = words
     if layout.precision.kind == "int8":
-        if layout.zero % 256 == 128:  # adding or subtracting 128 flips a byte's top bit
-            stored = words ^ np.uint32(0x80808080)
-        return stored
+        # Adding or subtracting 128 flips a byte's top bit.
+        return np.asarray(words ^ np.uint32(0x80808080)) if layout.zero % 256 == 128 else words
     low, high = words[:, 0::2], words[:, 1::2]
     if layout.precision.symmetric:  # -8..7 -> 0..15
         low = (low ^ np.uint32(0x08080808)) & np.uint32(0x0F0F0F0F)
         high = (high ^ np.uint32(0x08080808)) & np.uint32(0x0F0F0F0F)
-    stored = low | (high << np.uint32(4))
-    return stored
+    return np.asarray(low | (high << np.uint32(4)))
 
 
 def _half(scales: np.ndarray) -> np.ndarray:

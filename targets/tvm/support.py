@@ -9,7 +9,7 @@ KV_CACHES = ("fp32", "fp16", "int8", "fp8")
 def precision_support(precision: Precision) -> Support:
     """One precision of weights, whatever the model."""
     if precision.kind in ("bf16", "fp16"):
-        return Support("emulated", f"weights are stored as {precision.kind}, decoding reads as few bytes, and computed with in fp32")
+        return Support("emulated", f"weights are stored and read as {precision.kind}, and computed with in fp32")
     return Support("native")
 
 
