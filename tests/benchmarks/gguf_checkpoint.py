@@ -7,10 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-import gguf
 import numpy as np
 import torch
-from safetensors import safe_open
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -36,6 +34,12 @@ def interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
+def halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `interleaved`."""
+    pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(tensor.shape)
+
+
 def gguf_name(name: str) -> str:
     if name in WHOLE:
         return WHOLE[name]
@@ -44,6 +48,9 @@ def gguf_name(name: str) -> str:
 
 
 def write(checkpoint: Path, out: Path) -> None:
+    import gguf
+    from safetensors import safe_open
+
     config = json.loads((checkpoint / "config.json").read_text())
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     rope = config.get("rope_parameters") or {}
@@ -54,7 +61,10 @@ def write(checkpoint: Path, out: Path) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
-    writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_rope_freq_base(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])

@@ -1,11 +1,13 @@
 """Quality of int4 engines against the eager model: ours, and onnxruntime-genai's own int4 of the same checkpoint.
 
     python -m tests.benchmarks.quality examples/stdlib-llama --work DIR [--window 512] [--windows 16]
-                                       [--recipe int4-rtn]
+                                       [--recipe int4-rtn] [--target onnxruntime] [--embedding int4]
+                                       [--gguf FILE.gguf ...]
 
 The text is CHECKPOINT/heldout.txt, cut into windows of equal length; every engine sees the same tokens.
 Ours runs through its own runner, token by token; genai's model.onnx through plain ONNX Runtime, a window
-at once (its generator only shows the last position's logits).
+at once (its generator only shows the last position's logits). A GGUF file's weights are read back with the
+package gguf and run in float32: what llama.cpp loses by rounding activations is not counted against it.
 """
 
 import argparse
@@ -87,6 +89,33 @@ def genai_model(path: Path) -> Scorer:
     return score
 
 
+def gguf_weights(checkpoint: Path, path: Path) -> Scorer:
+    """The eager model with the weights of a GGUF file written by gguf_checkpoint.py and llama-quantize."""
+    import torch
+    from gguf import GGUFReader, dequantize
+    from transformers import LlamaForCausalLM
+
+    from tests.benchmarks.gguf_checkpoint import gguf_name, halves
+
+    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            tensor = stored[gguf_name(name)]
+            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).reshape(parameter.shape)
+            for part, count in heads.items():
+                values = halves(values, count) if part in name else values
+            parameter.copy_(values)
+
+    def score(ids: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            logits: np.ndarray = model(torch.from_numpy(ids)[None]).logits[0].numpy()
+        return logits
+
+    return score
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -124,17 +153,24 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--recipe", default="int4-rtn")
+    parser.add_argument("--target", default="onnxruntime")
+    parser.add_argument("--embedding")
+    parser.add_argument("--gguf", type=Path, nargs="*", default=[])
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    outs = arguments.work / f"enginesmith-{arguments.recipe}", arguments.work / "genai-int4"
-    built(build_ours(arguments.checkpoint, outs[0], recipe=arguments.recipe), outs[0])
-    built(build_genai(arguments.checkpoint, outs[1]), outs[1])
+    name = "-".join(filter(None, ["enginesmith", arguments.target, arguments.recipe, arguments.embedding]))
+    ours, peer = arguments.work / name, arguments.work / "genai-int4"
+    command = build_ours(arguments.checkpoint, ours, recipe=arguments.recipe, target=arguments.target)
+    built([*command, *(["--embedding", arguments.embedding] if arguments.embedding else [])], ours)
+    built(build_genai(arguments.checkpoint, peer), peer)
     rows = windows(arguments.checkpoint, arguments.window, arguments.windows)
     reference = eager(arguments.checkpoint)
-    engines = {"enginesmith": our_engine(outs[0]), "onnxruntime-genai": genai_model(outs[1])}
+    engines = {name: (our_engine(ours), ours), "onnxruntime-genai": (genai_model(peer), peer)}
+    engines |= {path.stem: (gguf_weights(arguments.checkpoint, path), path) for path in arguments.gguf}
     table: list[dict[str, Any]] = []
-    for (name, engine), out in zip(engines.items(), outs, strict=True):
-        table.append({"engine": name, **compare(reference, engine, rows), "MB": directory_bytes(out) / 1e6})
+    for label, (engine, out) in engines.items():
+        size = directory_bytes(out) if out.is_dir() else out.stat().st_size
+        table.append({"engine": label, **compare(reference, engine, rows), "MB": size / 1e6})
     show(f"Quality, {arguments.recipe}: {sum(len(ids) - 1 for ids in rows)} positions of held-out text", table)
 
 
