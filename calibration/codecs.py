@@ -3,12 +3,19 @@
 ONNX INT4 and UINT4 tensors: two codes a byte, the earlier one in the low nibble (onnx.proto, TensorProto.raw_data);
 signed codes in two's complement. com.microsoft MatMulNBits: unsigned codes [N, K / g, g * bits / 8] in the same order
 within a group, the zero point 2^(bits - 1) unless given; zero points packed likewise along K / g, each row padded to
-a whole byte. GatherBlockQuantized with uint8 data takes the same bytes as [N, K * bits / 8].
+a whole byte. GatherBlockQuantized with uint8 data takes the same bytes as [N, K * bits / 8]. None of them has 6 bits:
+codes of int6 take bytes of 8.
 """
 
 import numpy as np
 
+from exporter.core.recipe import Precision
 from exporter.core.weights import QuantizedRows
+
+
+def container_bits(precision: Precision) -> int:
+    """Bits that a stored code takes here."""
+    return 4 if precision.bits == 4 else 8
 
 
 def pack_nibbles(codes: np.ndarray) -> np.ndarray:
@@ -32,16 +39,16 @@ def unpack_nibbles(packed: np.ndarray, width: int, *, signed: bool) -> np.ndarra
 
 
 def unsigned_codes(rows: QuantizedRows) -> np.ndarray:
-    """uint8 [n, K]: signed codes shifted by 2^(bits - 1), which is the zero point that MatMulNBits assumes."""
+    """uint8 [n, K]: signed codes shifted by the zero point that MatMulNBits assumes, half of what their bits hold."""
     if not rows.precision.symmetric:
         return rows.codes
-    return rows.codes.view(np.uint8) + np.uint8(1 << (rows.precision.bits - 1))
+    return rows.codes.view(np.uint8) + np.uint8(1 << (container_bits(rows.precision) - 1))
 
 
 def to_matmul_nbits(rows: QuantizedRows) -> np.ndarray:
     """Input B of MatMulNBits for these rows: uint8 [n, K / g, g * bits / 8]."""
     codes = unsigned_codes(rows)
-    packed = codes if rows.precision.bits == 8 else pack_nibbles(codes)
+    packed = codes if container_bits(rows.precision) == 8 else pack_nibbles(codes)
     return packed.reshape(len(codes), rows.scales.shape[1], -1)
 
 
@@ -55,9 +62,9 @@ def pack_zero_points(rows: QuantizedRows) -> np.ndarray | None:
     """Input zero_points of MatMulNBits: uint8 [n, ceil(K / g * bits / 8)]; None when the implicit one holds."""
     if rows.zero_points is None:
         return None
-    return rows.zero_points if rows.precision.bits == 8 else pack_nibbles(rows.zero_points)
+    return rows.zero_points if container_bits(rows.precision) == 8 else pack_nibbles(rows.zero_points)
 
 
 def to_onnx_raw(rows: QuantizedRows) -> np.ndarray:
     """raw_data of a tensor INT4, UINT4, INT8 or UINT8 [n, K] as uint8 [n, K * bits / 8]; K is even for 4 bits."""
-    return rows.codes.view(np.uint8) if rows.precision.bits == 8 else pack_nibbles(rows.codes)
+    return rows.codes.view(np.uint8) if container_bits(rows.precision) == 8 else pack_nibbles(rows.codes)

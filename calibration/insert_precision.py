@@ -13,6 +13,7 @@ from exporter.core.recipe import Precision, Recipe
 CODES = {
     ("int4", True): ir.DataType.INT4,
     ("int4", False): ir.DataType.UINT4,
+    ("int6", True): ir.DataType.INT8,
     ("int8", True): ir.DataType.INT8,
     ("int8", False): ir.DataType.UINT8,
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter.core.errors import InputError, UnsupportedError
-from exporter.core.recipe import BITS, INTEGER_BITS, KV_CACHES, Precision, Recipe
+from exporter.core.recipe import BITS, INTEGER_BITS, KV_CACHES, SYMMETRIC_ONLY, Precision, Recipe
 
 DEFAULT_GROUP_SIZE = 32
 PLANNED = (
@@ -154,7 +154,7 @@ def _section_precision(path: Path, part: str, section: dict[str, object], base: 
     group = section.get("group_size")
     if group is not None and (isinstance(group, bool) or not isinstance(group, int)):
         raise _bad_entry(path, f"[{part}] group_size", group, "a whole number")
-    symmetric = section.get("symmetric", base.symmetric)
+    symmetric = section.get("symmetric", base.symmetric or kind in SYMMETRIC_ONLY)
     if not isinstance(symmetric, bool):
         raise _bad_entry(path, f"[{part}] symmetric", symmetric, "true or false")
     if kind in INTEGER_BITS:

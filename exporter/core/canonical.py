@@ -32,6 +32,7 @@ class CheckpointWeight:
     fp32: `w` float [N, K]; bf16, fp16: `w` in that type, followed by a Cast to float;
     integer: `w.codes` (INT4, UINT4, INT8 or UINT8 [N, K]), `w.scales` float [N, K / group] and, if
     asymmetric, `w.zero_points` (type of the codes, [N, K / group]), joined by DequantizeLinear(axis 1).
+    ONNX has no type of 6 bits: codes of int6, -32..31, are INT8.
     """
 
     sources: tuple[str, ...]

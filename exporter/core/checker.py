@@ -38,6 +38,7 @@ INTEGER_INPUTS = ("input_ids", "position_ids", "write_indices", "nonpad_kv_seqle
 CODE_TYPES = {
     ("int4", True): "INT4",
     ("int4", False): "UINT4",
+    ("int6", True): "INT8",
     ("int8", True): "INT8",
     ("int8", False): "UINT8",
 }

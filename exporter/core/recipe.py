@@ -5,18 +5,19 @@ from dataclasses import dataclass, replace
 from exporter.core.errors import InputError
 
 FLOAT_KINDS = ("fp32", "bf16", "fp16")
-INTEGER_BITS = {"int8": 8, "int4": 4}
+INTEGER_BITS = {"int8": 8, "int6": 6, "int4": 4}
+SYMMETRIC_ONLY = ("int6",)
 GROUP_SIZES = (16, 32, 64, 128, 256)
 KV_CACHES = ("fp32", "fp16", "int8")
-BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
+BITS = {"fp32": 32, "bf16": 16, "fp16": 16, **INTEGER_BITS}
 
 
 @dataclass(frozen=True)
 class Precision:
     """How one weight [N, K] is stored: a float type, or integer codes with one scale per group along K.
 
-    `symmetric` integers are signed with no zero point (int4 codes -8..7, int8 codes -128..127);
-    asymmetric ones are unsigned (0..15, 0..255) with an unsigned zero point per group.
+    `symmetric` integers are signed with no zero point (codes -8..7, -32..31, -128..127 of int4, int6, int8);
+    asymmetric ones are unsigned (0..15, 0..255) with an unsigned zero point per group; int6 is symmetric only.
     """
 
     kind: str = "fp32"
@@ -34,6 +35,10 @@ class Precision:
             )
         if not self.is_integer and self.group_size is not None:
             raise InputError("recipe.group_size", f"{self.kind} has no groups", "leave --group-size out")
+        if self.kind in SYMMETRIC_ONLY and not self.symmetric:
+            raise InputError(
+                "recipe.precision", f"{self.kind} with zero points", f"{self.kind} is symmetric: leave asym out"
+            )
 
     @property
     def is_integer(self) -> bool:
@@ -49,6 +54,18 @@ class Precision:
         if not self.is_integer:
             return self.kind
         return f"{self.kind}/g{self.group_size}" + ("" if self.symmetric else "/asym")
+
+
+def all_precisions() -> list[Precision]:
+    """Every precision there is: float kinds, then each integer kind, symmetric or not, in each group size."""
+    floats = [Precision(kind) for kind in FLOAT_KINDS]
+    integers = [
+        Precision(kind, group, symmetric)
+        for kind in INTEGER_BITS
+        for symmetric in ((True,) if kind in SYMMETRIC_ONLY else (True, False))
+        for group in GROUP_SIZES
+    ]
+    return [*floats, *integers]
 
 
 @dataclass(frozen=True)

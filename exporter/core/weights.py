@@ -18,7 +18,7 @@ FP16_SIGN_AND_MAGNITUDE = -0x70000001  # 0x8FFFFFFF: drops the copies of the sig
 class QuantizedRows:
     """Rows [n, K] as integer codes, one code a byte.
 
-    codes: int8 if symmetric, uint8 if not, [n, K]; scales: float32 [n, K / group];
+    codes: int8 if symmetric (-32..31 for int6), uint8 if not, [n, K]; scales: float32 [n, K / group];
     zero_points: uint8 [n, K / group] if asymmetric, else None. value = (code - zero_point) * scale.
     """
 

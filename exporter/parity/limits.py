@@ -40,6 +40,14 @@ BF16 = EagerLimits(
 INT8 = EagerLimits(
     None, 0.003, None, 1.005, "8-bit codes with a scale per group err by at most 1/254 of the group's largest weight"
 )
+INT6 = EagerLimits(
+    None,
+    0.01,
+    None,
+    1.01,
+    "64 levels: a quarter of the step of 4 bits, a sixteenth of their KL, which is quadratic in the step; a larger "
+    "share stays of what the int8 activations cost. Larger groups are within it too",
+)
 INT4_FINE = EagerLimits(
     None, 0.05, None, 1.05, "16 levels, groups of at most 32; the maximum is reported: one flat position dominates it"
 )
@@ -101,7 +109,7 @@ def looser(first: EagerLimits, second: EagerLimits) -> EagerLimits:
 
 def weight_limits(recipe: Recipe) -> EagerLimits:
     """The row of the table for a recipe's weights; integer rows by the coarsest group size in use."""
-    rows = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": INT8}
+    rows = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": INT8, "int6": INT6}
     if recipe.parity_class in rows:
         return rows[recipe.parity_class]
     if recipe.parity_class == "int4":

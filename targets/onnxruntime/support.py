@@ -1,6 +1,6 @@
 """What the target can do with a recipe: native, emulated or refused, from the configuration alone."""
 
-from exporter.core.recipe import FLOAT_KINDS, GROUP_SIZES, INTEGER_BITS, Precision, Recipe
+from exporter.core.recipe import Precision, Recipe, all_precisions
 from exporter.core.support import Support
 
 MATMUL_GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -13,6 +13,8 @@ def precision_support(precision: Precision) -> Support:
         return Support("emulated", f"weights are stored as {precision.kind} and computed with in fp32")
     if precision.is_integer and precision.group_size not in MATMUL_GROUP_SIZES:
         return Support("refused", f"MatMulNBits has no group size {precision.group_size}", "use 16, 32, 64, 128 or 256")
+    if precision.kind == "int6":
+        return Support("emulated", "int6 codes are stored in 8 bits: they save nothing over int8")
     return Support("native")
 
 
@@ -25,14 +27,7 @@ def kv_cache_support(kind: str) -> Support:
 
 def capabilities() -> dict[str, Support]:
     """Every precision and cache there is, by its name, whatever the model."""
-    floats = [Precision(kind) for kind in FLOAT_KINDS]
-    integers = [
-        Precision(kind, group, symmetric)
-        for kind in INTEGER_BITS
-        for symmetric in (True, False)
-        for group in GROUP_SIZES
-    ]
-    table = {precision.describe(): precision_support(precision) for precision in [*floats, *integers]}
+    table = {precision.describe(): precision_support(precision) for precision in all_precisions()}
     return table | {f"kv-cache {kind}": kv_cache_support(kind) for kind in KV_CACHES}
 
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from calibration.codecs import pack_zero_points, to_matmul_nbits
+from calibration.codecs import container_bits, pack_zero_points, to_matmul_nbits
 from exporter.core.canonical import CheckpointWeight, RotaryTable
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.disk import output_errors
@@ -174,17 +174,17 @@ class WeightFile:
 
     def _layout(self, name: str, weight: CheckpointWeight) -> QuantizedMatrix:
         rows, width = self.shape(weight)
-        precision = weight.precision
+        precision, bits = weight.precision, container_bits(weight.precision)
         assert precision.group_size is not None
         groups = width // precision.group_size
         return QuantizedMatrix(
             name=name,
             shape=(rows, width),
-            bits=precision.bits,
+            bits=bits,
             group_size=precision.group_size,
-            codes=self._reserve(rows * width * precision.bits // 8),
+            codes=self._reserve(rows * width * bits // 8),
             scales=self._reserve(rows * groups * 4),
-            zero_points=None if precision.symmetric else self._reserve(rows * ((groups * precision.bits + 7) // 8)),
+            zero_points=None if precision.symmetric else self._reserve(rows * ((groups * bits + 7) // 8)),
         )
 
     def _write_quantized(self, matrix: QuantizedMatrix, start: int, chunk: QuantizedRows) -> None:

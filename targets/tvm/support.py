@@ -1,6 +1,6 @@
 """What the target can do with a recipe: native, emulated or refused, from the configuration alone."""
 
-from exporter.core.recipe import FLOAT_KINDS, GROUP_SIZES, INTEGER_BITS, Precision, Recipe
+from exporter.core.recipe import INTEGER_BITS, Precision, Recipe, all_precisions
 from exporter.core.support import Support
 
 KV_CACHES = ("fp32", "fp16", "int8", "fp8")
@@ -10,6 +10,8 @@ def precision_support(precision: Precision) -> Support:
     """One precision of weights, whatever the model."""
     if precision.kind in ("bf16", "fp16"):
         return Support("emulated", f"weights are stored and read as {precision.kind}, and computed with in fp32")
+    if precision.kind == "int6":  # until its kernels are here
+        return Support("refused", "int6 has no kernels yet", "use int4 or int8")
     return Support("native")
 
 
@@ -22,14 +24,7 @@ def kv_cache_support(kind: str) -> Support:
 
 def capabilities() -> dict[str, Support]:
     """Every precision and cache there is, by its name, whatever the model."""
-    floats = [Precision(kind) for kind in FLOAT_KINDS]
-    integers = [
-        Precision(kind, group, symmetric)
-        for kind in INTEGER_BITS
-        for symmetric in (True, False)
-        for group in GROUP_SIZES
-    ]
-    table = {precision.describe(): precision_support(precision) for precision in [*floats, *integers]}
+    table = {precision.describe(): precision_support(precision) for precision in all_precisions()}
     return table | {f"kv-cache {kind}": kv_cache_support(kind) for kind in KV_CACHES}
 
 

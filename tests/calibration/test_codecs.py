@@ -13,14 +13,15 @@ from exporter.core.weights import QuantizedRows
 TYPES = {
     ("int4", True): TensorProto.INT4,
     ("int4", False): TensorProto.UINT4,
+    ("int6", True): TensorProto.INT8,
     ("int8", True): TensorProto.INT8,
     ("int8", False): TensorProto.UINT8,
 }
 
 
 def every_pair(kind: str, symmetric: bool) -> np.ndarray:
-    """Each code beside each other one (for 8 bits: each beside its neighbours), [n, 32]."""
-    low, high = (-8, 8) if kind == "int4" else (-128, 128)
+    """Each code beside each other one (for 6 and 8 bits: each beside its neighbours), [n, 32]."""
+    low, high = {"int4": (-8, 8), "int6": (-32, 32), "int8": (-128, 128)}[kind]
     if not symmetric:
         low, high = 0, high - low
     codes = np.arange(low, high)
@@ -63,10 +64,10 @@ def test_nibbles_come_back(signed: bool, width: int) -> None:
 @pytest.mark.parametrize(("kind", "symmetric"), TYPES)
 def test_blob_comes_back(kind: str, symmetric: bool) -> None:
     rows = quantized(kind, symmetric)
-    blob = codecs.to_matmul_nbits(rows)
-    assert blob.shape == (len(rows.codes), 2, 16 * rows.precision.bits // 8)
-    unsigned = codecs.from_matmul_nbits(blob, rows.precision.bits)
-    offset = 2 ** (rows.precision.bits - 1) if symmetric else 0
+    blob, bits = codecs.to_matmul_nbits(rows), 4 if kind == "int4" else 8
+    assert blob.shape == (len(rows.codes), 2, 16 * bits // 8)
+    unsigned = codecs.from_matmul_nbits(blob, bits)
+    offset = 2 ** (bits - 1) if symmetric else 0
     np.testing.assert_array_equal(unsigned.astype(int) - offset, rows.codes)
 
 
@@ -136,7 +137,7 @@ def test_matmul_nbits_computes_with_every_code(kind: str, symmetric: bool) -> No
         domain="com.microsoft",
         K=width,
         N=count,
-        bits=rows.precision.bits,
+        bits=codecs.container_bits(rows.precision),
         block_size=16,
         accuracy_level=1,
     )
@@ -155,7 +156,7 @@ def test_gather_block_quantized_reads_the_same_bytes(kind: str, symmetric: bool)
         [b, "ids", *others],
         ["y"],
         domain="com.microsoft",
-        bits=rows.precision.bits,
+        bits=codecs.container_bits(rows.precision),
         block_size=16,
         gather_axis=0,
         quantize_axis=1,

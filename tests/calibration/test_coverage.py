@@ -41,6 +41,9 @@ def test_bits_per_weight_counts_scales_and_zero_points() -> None:
     expected = (asymmetric * (2 * LAYER + TABLE) + symmetric * TABLE) / (2 * LAYER + 2 * TABLE)
     assert coverage(config(), recipe).bits_per_weight == pytest.approx(expected, rel=1e-12)
     assert coverage(config(), load_recipe("int4-rtn", embedding="int4"), scale_bits=16).bits_per_weight == 4.5
+    six = load_recipe("int8-weight", lm_head="int6/g64", embedding="int6/g64")
+    expected = ((8 + 32 / 32) * 2 * LAYER + (6 + 32 / 64) * 2 * TABLE) / (2 * LAYER + 2 * TABLE)
+    assert coverage(config(), six).bits_per_weight == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_tied_table_is_stored_once_when_both_uses_agree() -> None:

@@ -25,6 +25,7 @@ RECIPES = {
     "bf16": load_recipe("bf16"),
     "fp16": load_recipe("fp16"),
     "int8": load_recipe("int8-weight"),
+    "int6": load_recipe("int4-rtn", lm_head="int6", embedding="int6/g16"),
     "int4": load_recipe("int4-rtn"),
     "int4_asym": load_recipe("int4-rtn-asym", embedding="int8/g16/asym"),
     "mixed": load_recipe("int4-rtn", group_size=16, lm_head="fp16", embedding="fp32"),

@@ -58,17 +58,15 @@ def test_head_and_embedding_are_overridden_and_inherit_the_group_size() -> None:
     assert recipe.lm_head == INT8 and recipe.embedding == Precision("bf16") and recipe.linear == Precision()
 
 
-@pytest.mark.parametrize(
-    "precision",
-    [INT4, INT8, Precision("int4", 128, symmetric=False), Precision("bf16"), Precision(), Precision("fp16")],
-)
-def test_precision_reads_what_describe_writes(precision: Precision) -> None:
-    assert parse_precision(precision.describe()) == precision
+@pytest.mark.parametrize("text", ["int4/g32", "int8/g32", "int6/g128", "int4/g128/asym", "bf16", "fp32", "fp16"])
+def test_describe_writes_what_precision_reads(text: str) -> None:
+    assert parse_precision(text).describe() == text
 
 
-@pytest.mark.parametrize(
-    "text", ["int5", "", "int4/", "int4/32", "int4/g", "int4/g-32", "int4/g33", "int4/g32/g32", "int4/sym", "bf16/g32"]
-)
+BAD = "int5, ,int4/,int4/32,int4/g,int4/g-32,int4/g33,int4/g32/g32,int4/sym,bf16/g32,int6/asym".replace(" ", "")
+
+
+@pytest.mark.parametrize("text", BAD.split(","))
 def test_bad_precisions(text: str) -> None:
     with pytest.raises(InputError) as caught:
         load_recipe("int4-rtn", lm_head=text)
@@ -162,3 +160,13 @@ def test_the_documents_example_is_a_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path / "example.toml", example[1]))
     assert recipe.name == "int4-small" and recipe.linear == Precision("int4", 128, symmetric=False)
     assert recipe.lm_head == Precision("int8", 64) and recipe.embedding == Precision("bf16")
+
+
+def test_int6_has_no_zero_points(tmp_path: Path) -> None:
+    """A kind without them leaves those of its base behind; asking for them is an error."""
+    six = write(tmp_path / "six.toml", 'base = "int4-rtn-asym"\n[lm_head]\nkind = "int6"\n')
+    assert load_recipe(six).lm_head == Precision("int6", 32)
+    write(six, 'base = "int4-rtn"\n[lm_head]\nkind = "int6"\nsymmetric = false\n')
+    with pytest.raises(InputError, match="int6 with zero points") as caught:
+        load_recipe(six)
+    assert caught.value.exit_code == 2 and "symmetric" in caught.value.remedy

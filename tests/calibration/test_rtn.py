@@ -11,6 +11,7 @@ from calibration.rtn import absmax_rows, quantize_rows
 from exporter.core.recipe import GROUP_SIZES, Precision
 
 FLOAT32_MAX = np.finfo(np.float32).max
+WAYS = [("int4", True), ("int4", False), ("int6", True), ("int8", True), ("int8", False)]
 # Errors are compared in units of the group's sum of squares. A scale rounded to float16 moves by 2^-12, the error e of
 # another scale than the best one by up to 2 * 2^-12 * sqrt(e): a plain scale may be lucky. 5e-6 measured.
 ROUNDING = 1e-5
@@ -39,24 +40,23 @@ def group_errors(values: np.ndarray, restored: np.ndarray, size: int) -> np.ndar
     return ((wide - back) ** 2).sum(1) / np.where(squares == 0, 1, squares)
 
 
-def sign_trick(values: np.ndarray, size: int) -> np.ndarray:
-    """Plain rounding as onnxruntime and llama.cpp's Q4_0 do it: the largest weight becomes code -8."""
+def sign_trick(values: np.ndarray, size: int, half: int) -> np.ndarray:
+    """Plain rounding as onnxruntime and llama.cpp's Q4_0 do it: the largest weight becomes code -8, or -half."""
     groups = values.astype(np.float64).reshape(-1, size)
     largest = np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1)
-    scale = np.where(largest == 0, 1, largest) / -8
-    return (np.clip(np.rint(groups / scale), -8, 7) * scale).reshape(values.shape)
+    scale = np.where(largest == 0, 1, largest) / -half
+    return (np.clip(np.rint(groups / scale), -half, half - 1) * scale).reshape(values.shape)
 
 
 @pytest.mark.parametrize("size", GROUP_SIZES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_never_worse_than_plain_rounding_in_any_group(kind: str, size: int) -> None:
     values = weights(kind)
-    for symmetric in (True, False):
-        precision = Precision("int4", size, symmetric)
+    for precision in (Precision("int4", size), Precision("int4", size, symmetric=False), Precision("int6", size)):
         found = group_errors(values, quantize_rows(values, precision).dequantize(), size)
         plain = [group_errors(values, absmax_rows(values, precision).dequantize(), size)]
-        if symmetric:
-            plain.append(group_errors(values, sign_trick(values, size), size))
+        if precision.symmetric:
+            plain.append(group_errors(values, sign_trick(values, size, 1 << (precision.bits - 1)), size))
         excess = found - np.min(plain, axis=0)
         assert excess.max() <= ROUNDING, f"group {excess.argmax()} is worse by {excess.max():.3g} of its squares"
 
@@ -98,6 +98,17 @@ def test_close_to_an_exhaustive_search(kind: str, size: int, symmetric: bool) ->
     assert np.sum((values.astype(np.float64) - restored) ** 2) <= 1.025 * best.sum()
 
 
+def test_int6_takes_all_codes_and_off_the_squared_error() -> None:
+    """11 % less than plain rounding with the sign trick on Gaussian weights in groups of 32; 1/15 of that of int4."""
+    values = weights("gauss")
+    rows = quantize_rows(values, Precision("int6", 32))
+    assert rows.codes.dtype == np.int8 and rows.zero_points is None
+    assert np.unique(rows.codes).tolist() == list(range(-32, 32))
+    found = group_errors(values, rows.dequantize(), 32).mean()
+    assert found < 0.91 * group_errors(values, sign_trick(values, 32, 32), 32).mean()
+    assert found < group_errors(values, quantize_rows(values, Precision("int4", 32)).dequantize(), 32).mean() / 14
+
+
 @pytest.mark.parametrize("size", [16, 32, 128])
 def test_int8_rounds_to_the_nearest_code(size: int) -> None:
     values = weights("gauss")
@@ -118,8 +129,7 @@ def test_symmetric_int8_uses_amax_over_127() -> None:
     assert np.abs(rows.codes.astype(int)).max() == 127
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8"])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("precision", "symmetric"), WAYS)
 def test_a_row_does_not_depend_on_its_company(precision: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: one row at a time, all at once, in other blocks, from several threads."""
     values, asked = weights("heavy"), Precision(precision, 32, symmetric)
@@ -157,8 +167,7 @@ EDGES = {
 
 
 @pytest.mark.parametrize("name", EDGES)
-@pytest.mark.parametrize("kind", ["int4", "int8"])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("kind", "symmetric"), WAYS)
 def test_edges_of_float32(name: str, kind: str, symmetric: bool) -> None:
     """Finite scales and weights, no warning on the way, and the error of one code at most (or a flush to zero)."""
     values = EDGES[name].astype(np.float32).reshape(1, 32)
@@ -184,8 +193,7 @@ def test_weights_that_are_codes_come_back() -> None:
     np.testing.assert_allclose(restored, values, rtol=3e-7)
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8"])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("precision", "symmetric"), WAYS)
 @pytest.mark.parametrize("size", [1e-9, 1e-3, 0.02, 1.0, 3e4, 1e8])
 def test_scales_are_float16_values_and_codes_fit_them(precision: str, symmetric: bool, size: float) -> None:
     """Outside float16's range scales keep their digits; 8-bit codes are the nearest ones everywhere."""
@@ -196,7 +204,7 @@ def test_scales_are_float16_values_and_codes_fit_them(precision: str, symmetric:
     assert inside.any() == (size not in (1e-9, 1e8))
     kept = rows.scales[inside]
     np.testing.assert_array_equal(kept.astype(np.float16).astype(np.float32), kept)
-    if precision == "int4":
+    if precision != "int8":
         return
     low, high = (-127, 127) if symmetric else (0, 255)
     scales = np.repeat(rows.scales, 32, axis=1).astype(np.float64)

@@ -21,6 +21,7 @@ PRECISIONS = {
     "bf16": Precision("bf16"),
     "fp16": Precision("fp16"),
     "int8": Precision("int8", 32),
+    "int6": Precision("int6", 32),
     "int4": Precision("int4", 32),
     "int4 asymmetric": Precision("int4", 32, symmetric=False),
 }

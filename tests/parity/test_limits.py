@@ -5,8 +5,18 @@ from dataclasses import replace
 import pytest
 
 from calibration.presets import PRESETS, preset
-from exporter.core.recipe import KV_CACHES, Recipe
-from exporter.parity.limits import CACHES, FP16, FP32, INT4_FINE, INT8, EagerLimits, eager_limits, engine_limits
+from exporter.core.recipe import KV_CACHES, Precision, Recipe
+from exporter.parity.limits import (
+    CACHES,
+    FP16,
+    FP32,
+    INT4_FINE,
+    INT6,
+    INT8,
+    EagerLimits,
+    eager_limits,
+    engine_limits,
+)
 
 
 def with_cache(name: str, cache: str) -> Recipe:
@@ -40,6 +50,15 @@ def test_the_looser_row_holds(name: str, cache: str, expected: EagerLimits | tup
     found = eager_limits(with_cache(name, cache))
     assert gates(found) == (gates(expected) if isinstance(expected, EagerLimits) else expected)
     assert found.why
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_the_coarsest_part_chooses_the_row(group: int) -> None:
+    int4, int6, int8 = (Precision(kind, group) for kind in ("int4", "int6", "int8"))
+    assert gates(eager_limits(Recipe("r", int8, int6, Precision()))) == gates(INT6)
+    assert gates(eager_limits(Recipe("r", int4, int6, int6))) != gates(INT6)
+    assert INT8.kl_divergence_mean < INT6.kl_divergence_mean < INT4_FINE.kl_divergence_mean
+    assert INT8.perplexity_ratio < INT6.perplexity_ratio < INT4_FINE.perplexity_ratio
 
 
 def test_every_cache_has_a_row() -> None:

@@ -34,6 +34,7 @@ RECIPES = {
     "fp16": uniform("fp16", "fp16"),
     "int8": uniform("int8", "int8", 32),
     "int4": uniform("int4", "int4", 32),
+    "int6": uniform("int6", "int6", 32),
     "int4-asym": uniform("int4-asym", "int4", 16, False),
     "int8-asym": uniform("int8-asym", "int8", 64, False),
     "mixed": Recipe("mixed", Precision("int4", 16), Precision("bf16"), Precision("int8", 32, False)),

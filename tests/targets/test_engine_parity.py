@@ -67,7 +67,7 @@ def round_activations(x: torch.Tensor, group: int) -> torch.Tensor:
     return (codes * (amax / 127.0)).reshape(x.shape)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int4", "int4-asym", "int8-asym"])
+@pytest.mark.parametrize("recipe", ["int8", "int6", "int4", "int4-asym", "int8-asym"])
 @pytest.mark.parametrize("shape", ["gqa", "biases", "tied"])
 def test_shipped_engines_equal_eager_with_int8_activations(engine, shape, recipe):
     """Prompts are independent, and most agree to rounding. Where float noise pushes one activation over a rounding

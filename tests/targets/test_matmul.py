@@ -4,20 +4,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from calibration.codecs import pack_zero_points, to_matmul_nbits
+from calibration.codecs import container_bits, pack_zero_points, to_matmul_nbits
 from calibration.rtn import quantize_rows
-from exporter.core.recipe import GROUP_SIZES, Precision
+from exporter.core.recipe import Precision, all_precisions
 from exporter.core.weights import QuantizedRows
 from targets.onnxruntime.engine_graph import MICROSOFT, EngineGraph
 
 FLOAT = ir.DataType.FLOAT
 ROWS, WIDTH = 48, 512
-PRECISIONS = [
-    Precision(kind, group, symmetric)
-    for kind in ("int4", "int8")
-    for group in GROUP_SIZES
-    for symmetric in (True, False)
-]
+PRECISIONS = [precision for precision in all_precisions() if precision.is_integer]
 
 
 def run(graph: EngineGraph, feeds: dict[str, np.ndarray]) -> np.ndarray:
@@ -53,7 +48,7 @@ def test_products_are_those_of_int8_activations(weights, precision, tokens):
     x = np.random.default_rng(1).standard_normal((tokens, WIDTH)).astype(np.float32)
     graph = EngineGraph()
     inputs = [graph.input("x", FLOAT, ["tokens", WIDTH]), *operands(graph, rows, blocked=True)]
-    attributes = {"K": WIDTH, "N": ROWS, "bits": precision.bits, "block_size": precision.group_size}
+    attributes = {"K": WIDTH, "N": ROWS, "bits": container_bits(precision), "block_size": precision.group_size}
     y = graph.op("MatMulNBits", inputs, "y", domain=MICROSOFT, attributes={**attributes, "accuracy_level": 4})
     graph.output(y, FLOAT, ["tokens", ROWS])
     groups = x.reshape(tokens, -1, precision.group_size)
@@ -69,7 +64,8 @@ def test_gathered_rows_are_dequantized_exactly(weights, precision):
     graph = EngineGraph()
     ids = graph.input("ids", ir.DataType.INT64, ["tokens"])
     codes, *parameters = operands(graph, rows, blocked=False)
-    attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": precision.group_size, "bits": precision.bits}
+    bits = container_bits(precision)
+    attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": precision.group_size, "bits": bits}
     y = graph.op("GatherBlockQuantized", [codes, ids, *parameters], "y", domain=MICROSOFT, attributes={**attributes})
     graph.output(y, FLOAT, ["tokens", WIDTH])
     indices = np.array([0, 47, 3, 3, 31])

@@ -56,8 +56,9 @@ def cells() -> dict[str, list[str]]:
     names: dict[str, list[str]] = {kind: [kind] for kind in FLOAT_KINDS}
     names |= {f"kv-cache {kind}": [f"kv-cache {kind}"] for kind in ("fp32", "fp16", "int8", "fp8")}
     for kind in INTEGER_BITS:
-        row = f"{kind}, groups of {min(GROUP_SIZES)} to {max(GROUP_SIZES)}, symmetric or not"
-        names[row] = [Precision(kind, group, way).describe() for group in GROUP_SIZES for way in (True, False)]
+        ways = (True,) if kind == "int6" else (True, False)
+        row = f"{kind}, groups of {min(GROUP_SIZES)} to {max(GROUP_SIZES)}" + ", symmetric or not" * (len(ways) - 1)
+        names[row] = [Precision(kind, group, way).describe() for group in GROUP_SIZES for way in ways]
     return names
 
 

@@ -65,8 +65,9 @@ def region(path: Path, part: Region) -> np.ndarray:
 
 
 @pytest.mark.parametrize("group", [16, 128])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "symmetric"), [("int4", True), ("int4", False), ("int6", True), ("int8", True), ("int8", False)]
+)
 def test_integers_lie_as_matmul_nbits_reads_them(checkpoint, tmp_path, monkeypatch, kind, symmetric, group):
     monkeypatch.setattr(weight_file, "row_chunks", lambda shape: [(0, 7), (7, 50), (50, 64)])
     precision, reader = Precision(kind, group, symmetric), Codes()
@@ -76,7 +77,7 @@ def test_integers_lie_as_matmul_nbits_reads_them(checkpoint, tmp_path, monkeypat
         assert file.quantized("again", weight) is matrix
     assert reader.asked == [(0, 7), (7, 50), (50, 64)]
     assert isinstance(matrix, QuantizedMatrix)
-    codes, bits = region(file.path, matrix.codes), precision.bits
+    codes, bits = region(file.path, matrix.codes), 4 if kind == "int4" else 8
     if bits == 4:
         codes = unpack_nibbles(codes, 64 * 128, signed=False)
     offset = 1 << (bits - 1) if symmetric else 0
