@@ -1,9 +1,10 @@
-# make demo   environment, then build + verify + run + bench of the example model
+# make demo   environment, then build + verify + run + bench of the example model, for both targets
 # make test   environment, then lint, types and every test
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
 BIN := $(VENV)/bin
-ENGINE := engines/stdlib-llama-int4
+ENGINES := engines
+PROMPT := 'def binary_search(items, target):'
 MODEL := examples/stdlib-llama
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -13,14 +14,18 @@ export PIP_NO_INPUT := 1
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
-	mkdir -p $(dir $(ENGINE))
-	$(BIN)/enginesmith build $(MODEL) --target onnxruntime --recipe int4-rtn --out $(ENGINE) --force
-	$(BIN)/enginesmith verify $(ENGINE) --against $(MODEL)
-	$(BIN)/enginesmith run $(ENGINE) --prompt 'def binary_search(items, target):' --max-new-tokens 48
-	$(BIN)/enginesmith bench $(ENGINE)
+	mkdir -p $(ENGINES)
+	for target in onnxruntime tvm; do \
+	  $(BIN)/enginesmith build $(MODEL) --target $$target --recipe int4-rtn --out $(ENGINES)/stdlib-llama-$$target --force \
+	  && $(BIN)/enginesmith run $(ENGINES)/stdlib-llama-$$target --prompt $(PROMPT) --max-new-tokens 48 \
+	  && $(BIN)/enginesmith bench $(ENGINES)/stdlib-llama-$$target || exit $$?; \
+	done
+	$(BIN)/enginesmith verify $(ENGINES)/stdlib-llama-tvm --against $(MODEL)
+	$(BIN)/enginesmith compare $(ENGINES)/stdlib-llama-onnxruntime $(ENGINES)/stdlib-llama-tvm --against $(MODEL)
 	@echo
-	@echo "Built from $(MODEL), verified against the eager model, run and measured. The engine is in $(CURDIR)/$(ENGINE)"
-	@echo "Try: $(BIN)/enginesmith run $(ENGINE) --chat"
+	@echo "Built from $(MODEL) for two targets, verified against the eager model, run and measured."
+	@echo "The engines are in $(CURDIR)/$(ENGINES)"
+	@echo "Try: $(BIN)/enginesmith run $(ENGINES)/stdlib-llama-tvm --chat"
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
