@@ -54,9 +54,25 @@ class Layout:
         return self.width // self.group
 
     @property
+    def chunk(self) -> int:
+        """Columns whose codes lie in the same vectors."""
+        return {4: 8, 6: 16, 8: 4}[self.precision.bits]
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of codes of a chunk and row vector. Vector v of chunk c of row vector r is vector
+        2 * (c * vectors + v) + r of the record."""
+        return self.chunk * self.precision.bits // 32
+
+    @property
     def vector_bytes(self) -> int:
-        """Bytes of one vector of codes: 4 of each lane's row. Chunk c of row vector r is vector 2 * c + r."""
+        """Bytes of one vector of codes: 4 of each lane's row."""
         return 4 * self.lanes
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the codes of a chunk of both row vectors."""
+        return 2 * self.vectors * self.vector_bytes
 
     @property
     def scales_at(self) -> int:
@@ -96,8 +112,8 @@ class Layout:
     @property
     def zero(self) -> int:
         """What a stored code of a symmetric matrix exceeds its value by; asymmetric: its value less the zero point."""
-        if self.precision.kind == "int4":
-            return 8 if self.precision.symmetric else 0
+        if self.precision.bits < 8:
+            return 1 << (self.precision.bits - 1) if self.precision.symmetric else 0
         return self.int8_offset - (0 if self.precision.symmetric else 128)
 
     def sources(self, first_block: int, count: int) -> list[tuple[int, int, int]]:

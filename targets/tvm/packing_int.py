@@ -18,7 +18,7 @@ def pack_int(layout: "Layout", rows: QuantizedRows, wanted: int, out: np.ndarray
     lanes, blocks = layout.lanes, len(out)
     words = _stored_words(layout, np.ascontiguousarray(rows.codes).view(np.uint32))
     codes = out[:, :, : layout.scales_at].view(np.uint32).reshape(blocks, layout.groups, -1, 2, lanes)
-    # [block, vector, lane, group, chunk] -> [block, group, chunk, vector, lane]
+    # [block, vector, lane, group, word] -> [block, group, word, vector, lane]
     source = _filled(words, wanted).reshape(blocks, -1, lanes, layout.groups, codes.shape[2])
     codes[:, :, :, vectors] = source.transpose(0, 3, 4, 1, 2)
     scales = out[:, :, layout.scales_at : layout.zeros_at].view(np.float16).reshape(blocks, layout.groups, 2, lanes)
@@ -29,15 +29,30 @@ def pack_int(layout: "Layout", rows: QuantizedRows, wanted: int, out: np.ndarray
 
 
 def _stored_words(layout: "Layout", words: np.ndarray) -> np.ndarray:
-    """Codes as 32-bit words of four columns [n, K / 4] -> words as stored: int4 [n, K / 8], int8 [n, K / 4]."""
+    """Codes as 32-bit words of four columns [n, K / 4] -> words as stored: [n, K * bits / 32]."""
     if layout.precision.kind == "int8":
         # Adding or subtracting 128 flips a byte's top bit.
         return np.asarray(words ^ np.uint32(0x80808080)) if layout.zero % 256 == 128 else words
+    if layout.precision.kind == "int6":
+        return _six_bit_words(words)
     low, high = words[:, 0::2], words[:, 1::2]
     if layout.precision.symmetric:  # -8..7 -> 0..15
         low = (low ^ np.uint32(0x08080808)) & np.uint32(0x0F0F0F0F)
         high = (high ^ np.uint32(0x08080808)) & np.uint32(0x0F0F0F0F)
     return np.asarray(low | (high << np.uint32(4)))
+
+
+def _six_bit_words(words: np.ndarray) -> np.ndarray:
+    """Four words of codes -32..31 -> three: upper bits of all four, then nibbles of two and two. Codes become 0..63."""
+    codes = (words & np.uint32(0x3F3F3F3F)) ^ np.uint32(0x20202020)
+    first, second, third, fourth = (codes[:, number::4] for number in range(4))
+    stored = np.empty((len(words), words.shape[1] // 4, 3), np.uint32)
+    upper, nibbles = np.uint32(0x03030303), np.uint32(0x0F0F0F0F)
+    top = [part >> np.uint32(4) & upper for part in (first, second, third, fourth)]
+    stored[:, :, 0] = top[0] | top[1] << np.uint32(2) | top[2] << np.uint32(4) | top[3] << np.uint32(6)
+    stored[:, :, 1] = first & nibbles | (second & nibbles) << np.uint32(4)
+    stored[:, :, 2] = third & nibbles | (fourth & nibbles) << np.uint32(4)
+    return stored.reshape(len(words), -1)
 
 
 def _half(scales: np.ndarray) -> np.ndarray:

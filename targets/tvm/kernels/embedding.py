@@ -46,18 +46,32 @@ def embedding_int(isa: Isa, name: str, precision: Precision, rows: int, width: i
 
 def _group(packed: Layout, weights: Expr, codes: Expr, zero: Expr, scale: Expr, hidden: Expr, target: Expr) -> None:
     """One row of one record: words of codes from `codes` on, values float32 to `target`."""
-    columns = 32 // packed.precision.bits
-    with T.serial(0, packed.group // columns) as chunk:
-        stored = load(weights, codes + chunk * (2 * packed.vector_bytes), 4)
-        if packed.precision.kind == "int4":
-            wide = T.cast(stored, f"int32x{WORD}")
-            parts = [T.bitwise_and(wide, int_vector(15, WORD)), T.shift_right(wide, int_vector(4, WORD))]
-        else:
-            stored = stored if packed.int8_offset else T.reinterpret("int8x4", stored)
-            parts = [T.cast(stored, f"int32x{WORD}")]
-        for number, part in enumerate(parts):
+    with T.serial(0, packed.group // packed.chunk) as chunk:
+        words = [
+            load(weights, codes + chunk * packed.chunk_bytes + number * (2 * packed.vector_bytes), WORD)
+            for number in range(packed.vectors)
+        ]
+        for number, part in enumerate(_stored_codes(packed, words)):
             value = T.cast(part - broadcast(T.cast(zero, "int32"), WORD), f"float32x{WORD}") * broadcast(scale, WORD)
-            store(hidden, target + chunk * columns + number * WORD, value, WORD)
+            store(hidden, target + chunk * packed.chunk + number * WORD, value, WORD)
+
+
+def _stored_codes(packed: Layout, words: list[Expr]) -> list[Expr]:
+    """Stored words of a chunk, uint8 x 4 each -> its codes as stored, four columns an int32 x 4."""
+    if packed.precision.kind == "int8":
+        stored = words[0] if packed.int8_offset else T.reinterpret("int8x4", words[0])
+        return [T.cast(stored, f"int32x{WORD}")]
+    wide = [T.cast(word, f"int32x{WORD}") for word in words]
+    nibbles = wide if packed.precision.kind == "int4" else wide[1:]
+    parts = [part for word in nibbles for part in (T.bitwise_and(word, _four(15)), T.shift_right(word, _four(4)))]
+    if packed.precision.kind == "int4":
+        return parts
+    upper = [T.bitwise_and(T.shift_right(wide[0], _four(2 * number)), _four(3)) for number in range(len(parts))]
+    return [T.bitwise_or(part, T.shift_left(two, _four(4))) for part, two in zip(parts, upper, strict=True)]
+
+
+def _four(value: int) -> Expr:
+    return int_vector(value, WORD)
 
 
 def embedding_float(isa: Isa, name: str, kind: str, rows: int, width: int) -> tirx.PrimFunc:

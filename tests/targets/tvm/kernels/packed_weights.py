@@ -37,6 +37,8 @@ def pack_records(
     group, lanes = precision.group_size, isa.lanes
     if precision.kind == "int4":
         stored = codes + (8 if precision.symmetric else 0)
+    elif precision.kind == "int6":
+        stored = codes + 32
     else:
         stored = codes + isa.int8_offset - (0 if precision.symmetric else 128)
     stream = bytearray()
@@ -49,6 +51,8 @@ def pack_records(
             if precision.kind == "int4":
                 chunks = part.reshape(2 * lanes, group // 8, 2, 4)
                 words = chunks[:, :, 0] | chunks[:, :, 1] << 4
+            elif precision.kind == "int6":
+                words = six_bit_words(part)
             else:
                 words = part.reshape(2 * lanes, group // 4, 4)
             stream += (words & 255).astype(np.uint8).transpose(1, 0, 2).tobytes()
@@ -56,6 +60,17 @@ def pack_records(
             if zeros is not None:
                 stream += bytes(int(zeros[row, g]) if row >= 0 else 0 for row in block)
     return np.frombuffer(bytes(stream), np.uint8)
+
+
+def six_bit_words(codes: np.ndarray) -> np.ndarray:
+    """Codes 0..63 [rows, group] -> [rows, 3 * group / 16, 4]: of 16 columns the upper bits, then their lower four."""
+    rows, group = codes.shape
+    stored = np.zeros((rows, group // 16, 3, 4), np.int64)
+    for column in range(group):
+        chunk, quad, byte = column // 16, column % 16 // 4, column % 4
+        stored[:, chunk, 0, byte] |= (codes[:, column] >> 4) << 2 * quad
+        stored[:, chunk, 1 + quad // 2, byte] |= (codes[:, column] & 15) << 4 * (quad % 2)
+    return stored.reshape(rows, -1, 4)
 
 
 def random_codes(precision: Precision, rows: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -16,6 +16,8 @@ PRECISIONS = [
     Precision("int4", 16),
     Precision("int4", 32),
     Precision("int4", 64, symmetric=False),
+    Precision("int6", 16),
+    Precision("int6", 128),
     Precision("int8", 32),
     Precision("int8", 128),
     Precision("int8", 16, symmetric=False),

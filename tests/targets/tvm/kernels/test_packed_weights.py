@@ -11,7 +11,11 @@ from targets.tvm.packing import layout
 from tests.targets.tvm.kernels.packed_weights import pack_floats, pack_records, random_codes
 
 SCHEMES = ((16, True), (32, False))
-PRECISIONS = [Precision(kind, group, symmetric) for kind in ("int4", "int8") for group, symmetric in SCHEMES]
+PRECISIONS = [
+    *(Precision(kind, group, symmetric) for kind in ("int4", "int8") for group, symmetric in SCHEMES),
+    Precision("int6", 16),
+    Precision("int6", 32),
+]
 
 
 @pytest.mark.parametrize("isa", PROFILES.values(), ids=lambda isa: isa.name)
