@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from targets.tvm.kernels.attention_plan import LOWEST, Operands
-from targets.tvm.kernels.attention_tiles import Scores, State, Sums, gather, soften
+from targets.tvm.kernels.attention_tiles import Products, Scores, State, Sums, gather, soften
 from targets.tvm.kernels.cache_format import BLOCK
 from targets.tvm.kernels.cache_values import read_cached
 from targets.tvm.kernels.ir import Expr, float_vector, load, store
@@ -119,7 +119,7 @@ class _Worker:
             sums.fill(lambda row, column: float_vector(0.0, lanes))
             with T.serial(0, plan.head_dim) as d:
                 sums.add(
-                    vectors,
+                    vectors.add_product,
                     lambda row: self.operands.q[query + (first + row) * plan.head_dim + d],
                     lambda column: read_cached(
                         vectors, plan.kind, self.operands.key, keys + d * BLOCK + (half + column) * lanes
@@ -150,7 +150,14 @@ class _Worker:
 
         scores = Scores(self.scores, self.factors, first * UNIT, UNIT)
         soften(self.state, first, rows, scores, blocks * plan.block_vectors, weigh)
-        gather(self.state, first, rows, scores, count, value)
+        products = Products(
+            count,
+            operands.vectors.add_product,
+            lambda row: load(self.factors, row * lanes, lanes),
+            lambda row, s: self.scores[scores.place(row, s)],
+            value,
+        )
+        gather(self.state, first, rows, products)
 
 
 def _write(operands: Operands, state: State, segment: Expr, head: Expr) -> None:

@@ -19,12 +19,16 @@ LEAST_EXPONENT = -126.0
 """2^-126 is the smallest normal float32; weights below it are as good as zero."""
 
 
+Multiply = Callable[[Expr, Expr, Expr], Expr]
+"""(sum, operand, factor) -> sum + operand * factor, lane for lane."""
+
+
 class Sums:
     """`rows` x `columns` vectors that accumulate, one group of registers a column."""
 
-    def __init__(self, lanes: int, rows: int, columns: int) -> None:
-        self.rows, self.columns = rows, columns
-        self.groups = [Registers("float32", lanes, rows) for _ in range(columns)]
+    def __init__(self, lanes: int, rows: int, columns: int, dtype: str = "float32") -> None:
+        self.lanes, self.rows, self.columns = lanes, rows, columns
+        self.groups = [Registers(dtype, lanes, rows) for _ in range(columns)]
 
     def fill(self, first: Callable[[int, int], Expr]) -> None:
         """Every vector starts as first(row, column)."""
@@ -32,13 +36,13 @@ class Sums:
             for column, group in enumerate(self.groups):
                 group[row] = first(row, column)
 
-    def add(self, vectors: Vectors, weight: Callable[[int], Expr], operand: Callable[[int], Expr]) -> None:
+    def add(self, multiply: Multiply, weight: Callable[[int], Expr], operand: Callable[[int], Expr]) -> None:
         """self[row, column] += weight(row) * operand(column); weights are scalars."""
         values = [T.bind(operand(column)) for column in range(self.columns)]
         for row in range(self.rows):
-            factor = T.bind(broadcast(weight(row), vectors.lanes))
+            factor = T.bind(broadcast(weight(row), self.lanes))
             for value, group in zip(values, self.groups, strict=True):
-                group[row] = vectors.fma(value, factor, group[row])
+                group[row] = multiply(group[row], value, factor)
 
 
 @dataclass(frozen=True)
@@ -132,26 +136,29 @@ def soften(
         store(state.total, (first + row) * lanes, work[0], lanes)
 
 
-def gather(
-    state: State, first: Expr, rows: int, scores: Scores, count: Expr, value: Callable[[Expr, Expr], Expr]
-) -> None:
-    """values[first + row] = values[first + row] * factors[row] + sum over s < count of weights[row, s] * value(s)."""
+@dataclass(frozen=True)
+class Products:
+    """A sum of weighted values: `count` steps, weight(row, step) scalars, value(step, column) vectors from `column` on,
+    each step's products added by `multiply`; factor(row) is a vector that the sum so far is scaled by."""
+
+    count: Expr
+    multiply: Multiply
+    factor: Callable[[Expr], Expr]
+    weight: Callable[[Expr, Expr], Expr]
+    value: Callable[[Expr, Expr], Expr]
+
+
+def gather(state: State, first: Expr, rows: int, products: Products) -> None:
+    """values[first + row] = values[first + row] * factor(row) + sum over steps s of weight(row, s) * value(s)."""
     lanes = state.plan.lanes
     for vector, columns, repetitions in state.plan.value_columns(rows):
         with T.serial(0, repetitions) as repetition:
             column = T.bind((vector + repetition * columns) * lanes)
             for low, height in parts(rows, state.plan.accumulators // columns):
-                _gather_tile(state, first, (low, height, column, columns), scores, count, value)
+                _gather_tile(state, first, (low, height, column, columns), products)
 
 
-def _gather_tile(
-    state: State,
-    first: Expr,
-    tile: tuple[int, int, Expr, int],
-    scores: Scores,
-    count: Expr,
-    value: Callable[[Expr, Expr], Expr],
-) -> None:
+def _gather_tile(state: State, first: Expr, tile: tuple[int, int, Expr, int], products: Products) -> None:
     """One tile: (first row, rows, first column, vectors)."""
     lanes, width = state.plan.lanes, state.plan.width
     low, height, column, columns = tile
@@ -160,15 +167,12 @@ def _gather_tile(
     def place(row: int, number: int) -> Expr:
         return (first + low + row) * width + column + number * lanes
 
-    def scaled(row: int, number: int) -> Expr:
-        return load(state.values, place(row, number), lanes) * load(scores.factors, (low + row) * lanes, lanes)
-
-    sums.fill(scaled)
-    with T.serial(0, count) as s:
+    sums.fill(lambda row, number: load(state.values, place(row, number), lanes) * products.factor(low + row))
+    with T.serial(0, products.count) as s:
         sums.add(
-            state.vectors,
-            lambda row: scores.buffer[scores.place(low + row, s)],
-            lambda number: value(s, column + number * lanes),
+            products.multiply,
+            lambda row: products.weight(low + row, s),
+            lambda number: products.value(s, column + number * lanes),
         )
     for row in range(height):
         for number, group in enumerate(sums.groups):

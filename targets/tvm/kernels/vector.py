@@ -21,6 +21,10 @@ class Vectors:
         """a * b + c, fused where the hardware does it."""
         return intrinsic(self.float, "llvm.fma", a, b, c) if self.isa.fma else a * b + c
 
+    def add_product(self, total: Expr, a: Expr, b: Expr) -> Expr:
+        """total + a * b."""
+        return self.fma(a, b, total)
+
     def rint(self, x: Expr) -> Expr:
         """Nearest whole number, ties to even."""
         return intrinsic(self.float, "llvm.rint", x)
