@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 
@@ -15,11 +15,15 @@ from exporter.core.device import THIS_MACHINE
 from exporter.core.device import DeviceOptions as DeviceOptions
 from exporter.core.errors import UnsupportedError
 from exporter.core.progress import Progress
-from exporter.core.recipe import Recipe
+from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
 from exporter.core.weights import QuantizedRows
 
 RowReader = Callable[[CheckpointWeight, int, int], "np.ndarray | QuantizedRows"]
+
+ActivationRounding = Literal["group", "shared-exponent"]
+"""How activations become int8 before an integer matrix: a scale max|x| / 127 for each of its groups, or for each row,
+times a power of two for each group. exporter.parity.activations computes both."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,6 @@ class Target(Protocol):
 
     name: str
 
-    integer_activations: bool
-    """Whether activations are rounded to int8, one scale a group, before integer matrices: parity simulates it."""
-
     def probe(self) -> Support:
         """Whether the toolchain is here; never raises; says why not and the remedy."""
         ...
@@ -137,6 +138,10 @@ class Target(Protocol):
 
     def default_kv_cache(self, recipe: Recipe) -> str:
         """The storage of keys and values where neither the recipe nor the user names one."""
+        ...
+
+    def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
+        """How engines round what a matrix of this precision multiplies: parity simulates it. None: not at all."""
         ...
 
     def devices(self) -> dict[str, str]:

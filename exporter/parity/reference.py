@@ -7,7 +7,7 @@ With `RecipeValues` the same code is the simulation of a recipe: its rounded wei
 the eager model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,17 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
+from exporter.core.recipe import Precision
 from exporter.core.weights import row_chunks
-from exporter.parity.activations import quantize_activations
+from exporter.parity.activations import round_activations
 from exporter.parity.cache_values import RoundedCache
 from exporter.parity.weight_values import StoredValues, WeightValues, read_whole, row_ranges, rows_of
+from targets.base import ActivationRounding
 
 CHUNK = 128
+
+RoundingOf = Callable[[Precision], ActivationRounding | None]
+"""How engines of a target round the inputs of a matrix of that precision: `Target.activation_rounding`."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,9 @@ class LayerOutput:
 class EagerModel:
     """The eager model of a checkpoint, holding at most one layer's weights or a few rows of the vocabulary.
 
-    `values` says which numbers its weights have (default: the checkpoint's). `integer_activations` also rounds
-    the inputs of integer-quantized matrices to int8 per group, as engines with integer kernels do; `kv_cache` the
-    keys and values that attention sees to that storage.
+    `values` says which numbers its weights have (default: the checkpoint's). `activation_rounding`, the target's,
+    says for the precision of a matrix how its inputs are rounded to int8, as engines with integer kernels do;
+    `kv_cache` rounds the keys and values that attention sees to that storage.
     """
 
     def __init__(
@@ -49,18 +54,23 @@ class EagerModel:
         checkpoint: Checkpoint,
         values: WeightValues | None = None,
         *,
-        integer_activations: bool = False,
+        activation_rounding: RoundingOf | None = None,
         kv_cache: str = "fp32",
         chunk: int = CHUNK,
     ) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.values = values or StoredValues(checkpoint)
-        self.integer_activations = integer_activations
+        self.activation_rounding = activation_rounding
         self.kv_cache = kv_cache
         self.chunk = chunk
         self._llama = eager_config(self.config)
         self._rotary = LlamaRotaryEmbedding(self._llama)
+
+    @property
+    def integer_activations(self) -> bool:
+        """Whether inputs of matrices are rounded to int8."""
+        return self.activation_rounding is not None
 
     @property
     def rounds(self) -> bool:
@@ -88,8 +98,7 @@ class EagerModel:
         state = {name: torch.from_numpy(array) for name, array in tensors.items()}
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False).eval()
-        if self.integer_activations:
-            self._round_inputs(module, prefix)
+        self._round_inputs(module, prefix)
         named = {prefix + name: array for name, array in tensors.items()}
         return EagerLayer(module, self._rotary, self.chunk, named, self.kv_cache)
 
@@ -105,10 +114,10 @@ class EagerModel:
     def logit_columns(self, hidden: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
         """(start, stop, logits [R, stop - start]) over the vocabulary, for hidden [R, H] leaving the last layer."""
         x = torch.from_numpy(self.normalise(hidden))
-        group = self.values.precision("head", self.config.head_source).group_size
-        if self.integer_activations and group:
-            x = quantize_activations(x, group)
         name = self.config.head_source
+        rounding = self._rounding("head", name)
+        if rounding:
+            x = rounding(x)
         for start, stop in self.column_ranges:
             weight = torch.from_numpy(self.values.read("head", name, start, stop))
             yield start, stop, (x @ weight.T).numpy()
@@ -132,9 +141,17 @@ class EagerModel:
 
     def _round_inputs(self, module: torch.nn.Module, prefix: str) -> None:
         for name, child in module.named_modules():
-            group = self.values.precision("layer", f"{prefix}{name}.weight").group_size
-            if isinstance(child, torch.nn.Linear) and group:
-                child.register_forward_pre_hook(_RoundInput(group))
+            rounding = self._rounding("layer", f"{prefix}{name}.weight") if isinstance(child, torch.nn.Linear) else None
+            if rounding:
+                child.register_forward_pre_hook(rounding.hook)
+
+    def _rounding(self, part: str, name: str) -> "_RoundInput | None":
+        """What happens to the input of a matrix; None where nothing does."""
+        if self.activation_rounding is None:
+            return None
+        precision = self.values.precision(part, name)
+        how = self.activation_rounding(precision)
+        return _RoundInput(precision.group_size, how) if how and precision.group_size else None
 
     def _tensor(self, part: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return read_whole(lambda start, stop: self.values.read(part, name, start, stop), shape)
@@ -142,12 +159,17 @@ class EagerModel:
 
 @dataclass(frozen=True)
 class _RoundInput:
-    """A forward pre-hook that rounds a module's input to int8 per block."""
+    """Rounds the input of a matrix to int8, for groups of `group` columns."""
 
-    block: int
+    group: int
+    how: ActivationRounding
 
-    def __call__(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (quantize_activations(inputs[0], self.block), *inputs[1:])
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return round_activations(x, self.group, self.how)
+
+    def hook(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """A forward pre-hook."""
+        return (self(inputs[0]), *inputs[1:])
 
 
 class EagerLayer:

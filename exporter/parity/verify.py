@@ -112,8 +112,8 @@ def _simulation(engine: EngineUnderTest, reference: EagerModel, rows: RowReader)
     if precisions.lossless and cache == "fp32":
         return reference
     values = None if precisions.lossless else RecipeValues(rows, precisions)
-    integer = engine.target.integer_activations and precisions.has_integers
-    return EagerModel(engine.checkpoint, values, integer_activations=integer, kv_cache=cache)
+    rounding = engine.target.activation_rounding if precisions.has_integers else None
+    return EagerModel(engine.checkpoint, values, activation_rounding=rounding, kv_cache=cache)
 
 
 def _run(

@@ -6,9 +6,18 @@ from pathlib import Path
 
 from exporter.core.config import ModelConfig
 from exporter.core.progress import Progress
-from exporter.core.recipe import Recipe
+from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
-from targets.base import BuildResult, BuildSource, DeviceOptions, Limits, Runner, RunOptions, refuse_devices
+from targets.base import (
+    ActivationRounding,
+    BuildResult,
+    BuildSource,
+    DeviceOptions,
+    Limits,
+    Runner,
+    RunOptions,
+    refuse_devices,
+)
 from targets.onnxruntime.file_names import MODEL
 from targets.onnxruntime.support import capabilities, recipe_support
 
@@ -20,7 +29,6 @@ class OnnxRuntimeTarget:
     """Lowers the canonical model to GroupQueryAttention and MatMulNBits; targets.base.Target says what each does."""
 
     name = "onnxruntime"
-    integer_activations = True
 
     def probe(self) -> Support:
         """Whether engines can be built here; running one needs onnxruntime alone."""
@@ -42,6 +50,9 @@ class OnnxRuntimeTarget:
 
     def default_kv_cache(self, recipe: Recipe) -> str:
         return "fp32"
+
+    def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
+        return "group" if precision.is_integer else None
 
     def devices(self) -> dict[str, str]:
         return {}

@@ -6,10 +6,10 @@ from pathlib import Path
 from exporter.core.config import ModelConfig
 from exporter.core.errors import UnsupportedError
 from exporter.core.progress import Progress
-from exporter.core.recipe import Recipe
+from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
-from targets.base import BuildResult, BuildSource, DeviceOptions, Limits, Runner, RunOptions
-from targets.tvm import support
+from targets.base import ActivationRounding, BuildResult, BuildSource, DeviceOptions, Limits, Runner, RunOptions
+from targets.tvm import activations, support
 from targets.tvm.devices import device_names, resolve_device
 from targets.tvm.link import can_link
 from targets.tvm.tuning_choice import known_results
@@ -23,7 +23,6 @@ class TvmTarget:
     """Lowers the canonical model to kernels of its own; targets.base.Target says what each method does."""
 
     name = "tvm"
-    integer_activations = True
 
     def probe(self) -> Support:
         """Whether engines can be built here; running one needs apache-tvm-ffi and TVM's runtime library alone."""
@@ -48,6 +47,9 @@ class TvmTarget:
 
     def default_kv_cache(self, recipe: Recipe) -> str:
         return support.default_kv_cache(recipe)
+
+    def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
+        return activations.activation_rounding(precision)
 
     def devices(self) -> dict[str, str]:
         return device_names()

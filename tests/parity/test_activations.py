@@ -1,4 +1,4 @@
-"""The simulated rounding of activations equals what ONNX Runtime's MatMulNBits does."""
+"""The simulated roundings of activations: that of ONNX Runtime's MatMulNBits, and that of shared exponents."""
 
 import numpy as np
 import onnx
@@ -7,8 +7,9 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from exporter.parity.activations import quantize_activations
+from exporter.parity.activations import round_activations
 from exporter.parity.metrics import relative_l2_error
+from targets.base import ActivationRounding
 
 # Equal codes leave float32 summation (measured 3e-7); one code flipped at a tie would show as about 1e-3.
 SAME_CODES = 1e-5
@@ -51,13 +52,40 @@ def test_equals_the_kernel(group: int, rows: int) -> None:
     codes = generator.integers(-127, 128, (96, 256)).astype(np.int8)
     scales = generator.uniform(0.01, 0.02, (96, 256 // group)).astype(np.float32)
     weight = (codes.reshape(96, -1, group) * scales[..., None]).reshape(96, 256)
-    rounded = quantize_activations(torch.from_numpy(x), group).numpy()
+    rounded = round_activations(torch.from_numpy(x), group, "group").numpy()
     found = matmul_n_bits(x, codes, scales, group)
     assert relative_l2_error(rounded @ weight.T, found) < SAME_CODES
     assert relative_l2_error(x @ weight.T, found) > 1e-3
 
 
-def test_zeros_stay_zero() -> None:
+def test_shared_exponents_are_powers_of_two_beside_the_largest_of_the_row() -> None:
+    """Against exact arithmetic on values whose quotients are exact: base 1, one scale a group."""
+    x = torch.zeros(2, 128)
+    x[0, :32:8] = torch.tensor([127.0, 0.5, 1.5, -2.5])  # the row's largest: steps of 1, ties to even
+    x[0, 32:34] = torch.tensor([31.75, 0.375])  # a quarter of it: steps of 1/4
+    x[0, 64:66] = torch.tensor([-31.8125, 0.375])  # just above a quarter: steps of 1/2
+    x[0, 96:98] = torch.tensor([2.0**-30, 2.0**-19])  # the least step is 2^-24
+    x[1, 0] = 2.0**-81  # nothing
+    expected = torch.zeros(2, 128)
+    expected[0, :32:8] = torch.tensor([127.0, 0.0, 2.0, -2.0])
+    expected[0, 32:34] = torch.tensor([31.75, 0.5])
+    expected[0, 64:66] = torch.tensor([-32.0, 0.5])
+    expected[0, 96:98] = torch.tensor([0.0, 2.0**-19])
+    assert torch.equal(round_activations(x, 32, "shared-exponent"), expected)
+
+
+@pytest.mark.parametrize("group", [16, 32, 128])
+def test_shared_exponents_lose_at_most_half_a_step_of_twice_the_group_s_own(group: int) -> None:
+    generator = np.random.default_rng(group)
+    x = generator.normal(size=(50, 256)) * generator.lognormal(0, 2, (50, 256))
+    x = torch.from_numpy(x.astype(np.float32))
+    error = (round_activations(x, group, "shared-exponent") - x).reshape(50, -1, group).abs().amax(-1)
+    largest = x.reshape(50, -1, group).abs().amax(-1)
+    assert (error <= largest / 127 * (1 + 1e-6)).all() and error.max() > 0
+
+
+@pytest.mark.parametrize("how", ["group", "shared-exponent"])
+def test_zeros_stay_zero(how: ActivationRounding) -> None:
     x = torch.zeros(2, 64)
     x[1, 40] = 3.0
-    assert torch.equal(quantize_activations(x, 32), x)
+    assert torch.equal(round_activations(x, 32, how), x)

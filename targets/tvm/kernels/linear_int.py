@@ -10,7 +10,9 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from exporter.core.recipe import Precision
+from targets.tvm.activations import shared_exponent
 from targets.tvm.isa import Isa
+from targets.tvm.kernels.activation_scales import scaled
 from targets.tvm.kernels.dot import Dots, dots, nibbles
 from targets.tvm.kernels.epilogue import Epilogue
 from targets.tvm.kernels.ir import (
@@ -43,16 +45,18 @@ def linear_int(
 ) -> tirx.PrimFunc:
     """codes int32 [M, K/4], scales float32 [M, G], sums int32 [M, G], weights uint8, (bias float32 [N]) -> y.
 
+    Where activations share an exponent: codes, shifts int32 [M, G], sums, bases float32 [M], weights, ...
     Activations are packed by rows as tile.py says, weights as packing.py. `epilogue`: see Epilogue; with `swiglu` the
     matrix is interleaved. Sums of products within a group are exact integers; groups are added in float32, in order.
     """
     packed = layout(precision, rows, width, isa, epilogue == "swiglu")
-    m = size("m")
+    m, exponents = size("m"), shared_exponent(precision)
     y_width = rows // 2 if epilogue == "swiglu" else rows
     shapes: dict[str, tuple[tuple[Expr, ...], str]] = {
         "codes": ((m, width // 4), "int32"),
-        "scales": ((m, packed.groups), "float32"),
+        "scales": ((m, packed.groups), "int32" if exponents else "float32"),
         "sums": ((m, packed.groups), "int32"),
+        **({"bases": ((m,), "float32")} if exponents else {}),
         "weights": (packed.shape, packed.dtype),
         **({"bias": ((rows,), "float32")} if bias else {}),
         "y": ((m, y_width), "float32"),
@@ -111,9 +115,13 @@ class Product:
                 total = sums.total(index)
                 for chain in range(1, chains):
                     total = total + sums.total(index + 2 * rows * chain)
-                scale = scales[index % 2] * broadcast(tensors["scales"][at + index // 2], self.lanes)
+                stored = tensors["scales"][at + index // 2]
+                scale = scaled(self.vectors, stored, scales[index % 2], "bases" in tensors)
                 outputs[index] = self.vectors.fma(T.cast(total, self.vectors.float), scale, outputs[index])
         for row in range(rows):
+            if "bases" in tensors:
+                for index in (2 * row, 2 * row + 1):
+                    outputs[index] = outputs[index] * broadcast(tensors["bases"][first + row], self.lanes)
             self.epilogue.write(tensors["y"], first + row, block, outputs, 2 * row, tensors.get("bias"))
 
     def _start(self, sums: Dots, rows: int, chains: int, record: Expr, at: Expr) -> None:

@@ -1,5 +1,6 @@
 """Writing the kernel calls of pending values: norms, quantized activations, products with their epilogues."""
 
+from targets.tvm.activations import shared_exponent
 from targets.tvm.lower.emit_attention import write_attention
 from targets.tvm.lower.program import Kernel, Size, Tensor
 from targets.tvm.lower.slice_lowering import SliceLowering
@@ -55,7 +56,7 @@ def write_product(low: SliceLowering, product: Product, epilogue: str, into: Ten
         group = precision.group_size or 0
         if group == 0 or matrix.width % group:
             raise low.refuse(f"{matrix.name} has {matrix.width} columns, no multiple of its groups of {group}")
-        inputs = [*quantized(low, product.x, group)]
+        inputs = [*quantized(low, product.x, group, shared_exponent(precision))]
         what: tuple[object, ...] = (precision, matrix.rows, matrix.width, epilogue, product.bias is not None)
         kernel = Kernel("linear_int", what)
     else:
@@ -71,22 +72,25 @@ def write_product(low: SliceLowering, product: Product, epilogue: str, into: Ten
     return low.call(kernel, inputs, [("float32", (rows_of(product.x), columns))])[0]
 
 
-def quantized(low: SliceLowering, value: Lowered, group: int) -> tuple[Tensor, ...]:
-    """A value as int8 codes (four a word), scales and sums of each group; all readers share them."""
-    key = ("quantized", value, group)
+def quantized(low: SliceLowering, value: Lowered, group: int, exponents: bool) -> tuple[Tensor, ...]:
+    """A value as int8 codes (four a word), scales (or shifts) and sums of each group, and with `exponents` a base for
+    each row; readers of equal groups and scales share them."""
+    key = ("quantized", value, group, exponents)
     if key not in low.written:
         rows, width = rows_of(value), width_of(low, value)
         outputs: list[tuple[str, tuple[Size, ...]]] = [
             ("int32", (rows, width // 4)),
-            ("float32", (rows, width // group)),
+            ("int32" if exponents else "float32", (rows, width // group)),
             ("int32", (rows, width // group)),
         ]
+        if exponents:
+            outputs.append(("float32", (rows,)))
         if isinstance(value, Norm):
-            kernel = Kernel("norm_quantize", (width, group, value.epsilon, value.stream.chosen))
+            kernel = Kernel("norm_quantize", (width, group, value.epsilon, value.stream.chosen, exponents))
             low.written[key] = low.call(kernel, _norm_inputs(low, value), outputs)
         else:
             x = activations(low, value)
-            low.written[key] = low.call(Kernel("quantize", (width, group)), [x], outputs)
+            low.written[key] = low.call(Kernel("quantize", (width, group, exponents)), [x], outputs)
     return low.written[key]
 
 

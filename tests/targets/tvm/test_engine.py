@@ -1,6 +1,7 @@
 """Whole engines, step by step, against the eager model with the very weights they store."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 
 from exporter.core.errors import InputError
 from exporter.core.machine import cpu_features
+from exporter.parity.activations import round_activations
+from targets.tvm.activations import activation_rounding
 from targets.tvm.devices import DEVICES, Device
 from targets.tvm.file_names import INDEX, LIBRARY, WEIGHTS
 from targets.tvm.isa import PROFILES
 from tests.targets.engines import RECIPES, Engine, eager, eager_logits, random_ids, relative_l2
-from tests.targets.test_engine_parity import round_activations
 from tests.targets.tvm.builds import RUNNABLE, build_tvm, tvm_source
 from tests.targets.tvm.step_engine import StepEngine
 
@@ -63,8 +65,8 @@ def hold_to_eager_with_int8_activations(built: Engine) -> None:
     for name, module in model.named_modules():
         precision = recipe.lm_head if name == "lm_head" else recipe.linear
         if isinstance(module, torch.nn.Linear) and precision.is_integer:
-            group = precision.group_size
-            module.register_forward_pre_hook(lambda _, inputs, group=group: (round_activations(inputs[0], group),))
+            rounding = partial(round_activations, group=precision.group_size, how=activation_rounding(precision))
+            module.register_forward_pre_hook(lambda _, inputs, rounding=rounding: (rounding(inputs[0]),))
     steps = open_steps(built)
     errors = []
     for prompt in random_ids(built.config, 9, TOKENS, seed=3):

@@ -21,3 +21,20 @@ def quantized(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, np.nda
         inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0))
     codes = np.rint(groups * inverse[..., None]).astype(np.int32)
     return codes.astype(np.int8).reshape(x.shape), scales, codes.sum(axis=2, dtype=np.int32)
+
+
+def quantized_with_exponents(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """float32 x [M, K] -> codes int8 [M, K], shifts int32 [M, G], sums int32 [M, G], bases float32 [M]."""
+    one, groups = np.float32(1), x.reshape(len(x), -1, group)
+    largest = np.abs(groups).max(axis=2)
+    top = largest.max(axis=1, keepdims=True)
+    base = top / np.float32(127)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        inverse = np.where(top < 2.0**-80, np.float32(0), one / base)
+        ratio = largest * np.where(top < 2.0**-80, np.float32(0), one / top)
+    fraction, exponent = np.frexp(ratio)  # ratio = fraction * 2^exponent, 1/2 <= fraction < 1
+    exponent = np.where(fraction == 0.5, exponent - 1, exponent)
+    exponent = np.clip(np.where(ratio == 0, -24, exponent), -24, 0).astype(np.int32)
+    codes = np.rint(groups * np.ldexp(inverse, -exponent)[..., None]).astype(np.int32)
+    shifts, bases = (exponent + 32) << 23, np.ldexp(np.where(top < 2.0**-80, np.float32(0), base), -32)[:, 0]
+    return codes.astype(np.int8).reshape(x.shape), shifts, codes.sum(axis=2, dtype=np.int32), bases

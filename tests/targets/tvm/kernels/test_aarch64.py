@@ -18,9 +18,11 @@ from tests.targets.tvm.kernels import (
 
 CASES = {
     "norm": (test_norm, "test_rows_are_normalized", (75,)),
-    "quantize": (test_quantize, "test_codes_scales_and_sums_are_exact", (96, 32)),
-    "ties": (test_quantize, "test_ties_go_to_even_and_zeros_stay_zero", ()),
-    "norm_quantize": (test_quantize, "test_norm_quantize_is_norm_and_then_quantize", (True,)),
+    "quantize": (test_quantize, "test_codes_scales_and_sums_are_exact", (96, 32, False)),
+    "exponents": (test_quantize, "test_codes_scales_and_sums_are_exact", (96, 32, True)),
+    "ties": (test_quantize, "test_ties_go_to_even_and_zeros_stay_zero", (True,)),
+    "norm_quantize": (test_quantize, "test_norm_quantize_is_norm_and_then_quantize", (True, True)),
+    "bounds": (test_quantize, "test_exponents_at_their_bounds", ()),
     "int4": (test_linear_int, "test_sums_are_exact", (Precision("int4", 32),)),
     "int4-asymmetric": (test_linear_int, "test_sums_are_exact", (Precision("int4", 32, False),)),
     "int8": (test_linear_int, "test_sums_are_exact", (Precision("int8", 32),)),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from exporter.core.recipe import Precision
+from targets.tvm.activations import shared_exponent
 from targets.tvm.isa import Isa
 from targets.tvm.kernels.tile import rows_per_tile
 from tests.targets.tvm.kernels.calls import all_profiles, outside_calls
@@ -29,17 +30,26 @@ def packed_by_tile(values: np.ndarray, tile: int) -> np.ndarray:
 class Activations:
     """Quantized rows; scales are powers of two, so that the product of a single group is exact."""
 
-    def __init__(self, isa: Isa, rows: int, width: int, group: int, extreme: bool = False) -> None:
+    def __init__(self, isa: Isa, rows: int, width: int, precision: Precision, extreme: bool = False) -> None:
+        group = precision.group_size
         random = np.random.default_rng(rows)
         self.codes = random.integers(-127, 128, (rows, width)).astype(np.int8)
         if extreme:
             self.codes[...] = np.where(random.random((rows, 1)) < 0.5, -127, 127)
         self.groups = self.codes.reshape(rows, -1, group).astype(np.int64)
-        self.scales = np.exp2(random.integers(-9, -6, self.groups.shape[:2])).astype(np.float32)
+        exponents = random.integers(-9, -6, self.groups.shape[:2])
+        bases = 2.0 ** random.integers(0, 3, rows)
+        self.scales = np.exp2(exponents).astype(np.float32)
         tile = rows_per_tile(isa)
         words = self.codes.view(np.int32)
         sums = self.groups.sum(axis=2).astype(np.int32)
-        self.packed = tuple(packed_by_tile(part, tile) for part in (words, self.scales, sums))
+        if not shared_exponent(precision):
+            self.packed = tuple(packed_by_tile(part, tile) for part in (words, self.scales, sums))
+            return
+        self.scales *= bases.astype(np.float32)[:, None]
+        shifts = (exponents.astype(np.int32) + 32) << 23
+        self.packed = tuple(packed_by_tile(part, tile) for part in (words, shifts, sums))
+        self.packed += (aligned((bases * 2.0**-32).astype(np.float32)),)
 
 
 class Matrix:
@@ -86,7 +96,10 @@ def test_sums_are_exact(isa: Isa, precision: Precision) -> None:
         matrix.scales[...] = np.float16(0.0078125)
         packed = aligned(pack_records(isa, precision, matrix.codes, matrix.scales, matrix.zeros))
         for count in row_counts(isa):
-            x, y = Activations(isa, count, width, width, extreme), aligned(np.full((count, rows), np.nan, np.float32))
+            x, y = (
+                Activations(isa, count, width, precision, extreme),
+                aligned(np.full((count, rows), np.nan, np.float32)),
+            )
             run(*x.packed, packed, y)
             np.testing.assert_array_equal(y, matrix.times(x).astype(np.float32))
 
@@ -103,7 +116,7 @@ def test_epilogues(isa: Isa, epilogue: str, bias: bool, rows: int) -> None:
     added = aligned(random.normal(size=rows).astype(np.float32))
     columns = rows // 2 if epilogue == "swiglu" else rows
     for count in row_counts(isa):
-        x = Activations(isa, count, width, 32)
+        x = Activations(isa, count, width, precision)
         before = random.normal(size=(count, columns)).astype(np.float32)
         y = aligned(before)
         run(*x.packed, matrix.packed, *([added] if bias else []), y)
@@ -123,7 +136,7 @@ def test_long_rows(isa: Isa) -> None:
     precision, rows, width = Precision("int4", 32), 70, 4096
     matrix = Matrix(isa, precision, rows, width)
     run = compiled(linear_int(isa, "long", precision, rows, width, "plain", False), isa)
-    x, y = Activations(isa, 7, width, 32), aligned(np.full((7, rows), np.nan, np.float32))
+    x, y = Activations(isa, 7, width, precision), aligned(np.full((7, rows), np.nan, np.float32))
     run(*x.packed, matrix.packed, y)
     expected = matrix.times(x)
     assert np.linalg.norm(y - expected) / np.linalg.norm(expected) < 3e-7

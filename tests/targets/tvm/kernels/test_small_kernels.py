@@ -16,8 +16,9 @@ from targets.tvm.kernels.quantize import norm_quantize, quantize
 def test_nothing_outside_is_called(isa: Isa) -> None:
     kernels = [
         norm(isa, "norm", 45, 1e-5),
-        norm_quantize(isa, "norm_quantize", 64, 32, 1e-5, gather=True),
+        norm_quantize(isa, "norm_quantize", 64, 32, 1e-5, gather=True, exponents=True),
         quantize(isa, "quantize", 64, 16),
+        quantize(isa, "quantize", 80, 16, exponents=True),
         embedding_int(isa, "embedding_int", Precision("int4", 32, symmetric=False), 40, 64),
         *(embedding_float(isa, "embedding_float", kind, 40, 64) for kind in ("fp32", "bf16", "fp16")),
     ]
