@@ -10,8 +10,6 @@ def precision_support(precision: Precision) -> Support:
     """One precision of weights, whatever the model."""
     if precision.kind in ("bf16", "fp16"):
         return Support("emulated", f"weights are stored and read as {precision.kind}, and computed with in fp32")
-    if precision.kind == "int6":  # until its kernels are here
-        return Support("refused", "int6 has no kernels yet", "use int4 or int8")
     return Support("native")
 
 

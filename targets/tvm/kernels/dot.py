@@ -1,8 +1,8 @@
 """Products of bytes, summed in 32 bits: what each instruction set offers for it, behind one interface.
 
 Weights are a vector of bytes, four consecutive columns in each 32-bit lane (one lane a row of the matrix);
-activations are one 32-bit word of four codes, -127..127. int4 weights are 0..15. int8 weights are unsigned bytes on
-VNNI, signed ones elsewhere.
+activations are one 32-bit word of four codes, -127..127. int4 weights are 0..15, int6 ones 0..63. int8 weights are
+unsigned bytes on VNNI, signed ones elsewhere.
 """
 
 from tvm.script.ir_builder import tirx as T
@@ -18,9 +18,11 @@ def dots(isa: Isa, bits: int, sums: int, weights: int) -> "Dots":
     if isa.dot in ("sdot", "smmla"):
         return Sdot(isa, sums, weights)
     if isa.dot == "smull":
-        return Smull(isa, sums, weights, depth=16 if bits == 4 else 2)
+        return Smull(isa, sums, weights, depth={4: 16, 6: 4, 8: 2}[bits])
     if isa.dot == "maddubs":
-        return Maddubs(isa, sums, weights, depth=8) if bits == 4 else SignedMaddubs(isa, sums, weights)
+        if bits == 8:
+            return SignedMaddubs(isa, sums, weights)
+        return Maddubs(isa, sums, weights, depth={4: 8, 6: 2}[bits])
     raise ValueError(f"no byte products for {isa.dot!r}")
 
 
@@ -131,7 +133,8 @@ class Narrow(Dots):
 
 
 class Maddubs(Narrow):
-    """SSSE3 and AVX2, int4: pairs of unsigned x signed products. 8 steps of 2 * 15 * 127 stay below 2^15."""
+    """SSSE3 and AVX2, int4 and int6: pairs of unsigned x signed products. 8 steps of 2 * 15 * 127 stay below 2^15, and
+    2 of 2 * 63 * 127."""
 
     unrolled = False  # one long block would be scheduled sum by sum, and the weights spilled
 
@@ -195,9 +198,22 @@ def widen_pairs(lanes: int, products: Expr) -> Expr:
     return intrinsic(f"int32x{lanes}", name, products, T.broadcast(T.int16(1), 2 * lanes))
 
 
-def nibbles(codes: Expr, lanes: int, high: bool) -> Expr:
-    """The low or the high four bits of each byte, uint8 x 4 * lanes."""
-    words = T.reinterpret(f"int32x{lanes}", codes)
-    if high:
-        words = T.shift_right(words, int_vector(4, lanes))
-    return T.reinterpret(f"uint8x{4 * lanes}", T.bitwise_and(words, int_vector(0x0F0F0F0F, lanes)))
+def unpacked(bits: int, stored: list[Expr], lanes: int, step: int) -> Expr:
+    """Columns 4 * step .. 4 * step + 3 of a chunk out of its stored vectors (packing_int.py): uint8 x 4 * lanes."""
+    if bits == 8:
+        return stored[0]
+    words = [T.reinterpret(f"int32x{lanes}", vector) for vector in stored]
+    nibbles = words[0] if bits == 4 else words[1 + step // 2]
+    codes = T.bitwise_and(_shifted(nibbles, 4 * (step % 2), lanes), int_vector(0x0F0F0F0F, lanes))
+    if bits == 6:  # two upper bits: of columns 0..3 in bits 0 and 1 of a byte, of columns 4..7 in bits 2 and 3, ...
+        upper = T.bitwise_and(_shifted(words[0], 2 * step - 4, lanes), int_vector(0x30303030, lanes))
+        codes = T.bitwise_or(codes, upper)
+    return T.reinterpret(f"uint8x{4 * lanes}", codes)
+
+
+def _shifted(words: Expr, right: int, lanes: int) -> Expr:
+    """Shifted right by that many bits, left if it is negative. Bits that cross into other bytes are masked behind."""
+    if right == 0:
+        return words
+    shift = T.shift_right if right > 0 else T.shift_left
+    return shift(words, int_vector(abs(right), lanes))

@@ -13,7 +13,7 @@ from exporter.core.recipe import Precision
 from targets.tvm.activations import shared_exponent
 from targets.tvm.isa import Isa
 from targets.tvm.kernels.activation_scales import scaled
-from targets.tvm.kernels.dot import Dots, dots, nibbles
+from targets.tvm.kernels.dot import Dots, dots, unpacked
 from targets.tvm.kernels.epilogue import Epilogue
 from targets.tvm.kernels.ir import (
     Expr,
@@ -87,7 +87,6 @@ class Product:
         self.isa, self.packed, self.epilogue, self.tensors = isa, packed, epilogue, tensors
         self.vectors, self.lanes, self.m, self.ahead = Vectors(isa), isa.lanes, m, ahead
         self.bits = packed.precision.bits
-        self.chunk = 32 // self.bits  # columns of one stored word
         self.piece = min(packed.group, 32)  # columns that are unrolled
 
     def tile(self, rows: int, first: Expr, block: Expr) -> None:
@@ -150,13 +149,13 @@ class Product:
             self._piece(sums, rows, chains, record, words)
             return
         with T.serial(0, count) as number:
-            start = record + number * (self.piece // self.chunk * 2 * self.packed.vector_bytes)
+            start = record + number * (self.piece // self.packed.chunk * self.packed.chunk_bytes)
             self._piece(sums, rows, chains, start, words + number * (self.piece // 4 * rows))
 
     def _piece(self, sums: Dots, rows: int, chains: int, start: Expr, words: Expr) -> None:
         """`piece` columns: stored words from `start` on, activations at `words`."""
-        chunks = self.piece // self.chunk
-        if sums.unrolled or rows * self.chunk // 4 <= 2:
+        chunks = self.piece // self.packed.chunk
+        if sums.unrolled or rows == 1 or rows * self.packed.chunk // 4 <= 2:
             for chunk in range(chunks):
                 self._chunk(sums, rows, chains, start, words, chunk)
         else:
@@ -167,19 +166,19 @@ class Product:
         sums.close()
 
     def _chunk(self, sums: Dots, rows: int, chains: int, start: Expr, words: Expr, chunk: Expr) -> None:
-        """The columns of one stored word of each row."""
-        halves, size = self.chunk // 4, self.packed.vector_bytes
-        stored = Registers("uint8", size, 2)
-        for vector in range(2):
-            at = start + (2 * chunk + vector) * size
-            stored[vector] = load(self.tensors["weights"], at, size)
-            if vector == 0 or size == 64:
+        """The columns of a chunk of both row vectors."""
+        packed, steps, size = self.packed, self.packed.chunk // 4, self.packed.vector_bytes
+        stored = Registers("uint8", size, 2 * packed.vectors)
+        for number in range(2 * packed.vectors):
+            at = start + chunk * packed.chunk_bytes + number * size
+            stored[number] = load(self.tensors["weights"], at, size)
+            if number % 2 == 0 or size == 64:
                 prefetch(self.tensors["weights"], at + self.ahead)
-        for half in range(halves):
+        for part in range(steps):
             for vector in range(2):
-                codes = stored[vector] if self.bits == 8 else nibbles(stored[vector], self.lanes, high=half == 1)
-                sums.weigh(vector, codes)
-            step = chunk * halves + half
+                vectors = [stored[2 * number + vector] for number in range(packed.vectors)]
+                sums.weigh(vector, unpacked(self.bits, vectors, self.lanes, part))
+            step = chunk * steps + part
             for row in range(rows):
                 word = self.tensors["codes"][words + step * rows + row]
                 for vector in range(2):

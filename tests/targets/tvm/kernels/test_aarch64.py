@@ -25,6 +25,7 @@ CASES = {
     "bounds": (test_quantize, "test_exponents_at_their_bounds", ()),
     "int4": (test_linear_int, "test_sums_are_exact", (Precision("int4", 32),)),
     "int4-asymmetric": (test_linear_int, "test_sums_are_exact", (Precision("int4", 32, False),)),
+    "int6": (test_linear_int, "test_sums_are_exact", (Precision("int6", 32),)),
     "int8": (test_linear_int, "test_sums_are_exact", (Precision("int8", 32),)),
     "int8-asymmetric": (test_linear_int, "test_sums_are_exact", (Precision("int8", 32, False),)),
     "embedding": (test_embedding, "test_integer_rows_are_exact", (Precision("int4", 32, False),)),

@@ -13,10 +13,10 @@ from tests.targets.tvm.kernels.packed_weights import dequantized, pack_records, 
 
 linear_int = pytest.importorskip("targets.tvm.kernels.linear_int", reason="apache-tvm is not installed").linear_int
 
+GROUPS = ((16, False), (32, True), (128, False), (256, True))
 PRECISIONS = [
-    Precision(kind, group, symmetric)
-    for kind in ("int4", "int8")
-    for group, symmetric in ((16, False), (32, True), (128, False), (256, True))
+    *(Precision(kind, group, symmetric) for kind in ("int4", "int8") for group, symmetric in GROUPS),
+    *(Precision("int6", group) for group in (16, 32, 128)),
 ]
 DOT_PRODUCTS = {"vnni": "vpdpbusd", "maddubs": "pmaddubsw", "sdot": "sdot", "smmla": "sdot", "smull": "smull"}
 
@@ -146,7 +146,9 @@ def test_long_rows(isa: Isa) -> None:
 
 
 @all_profiles
-@pytest.mark.parametrize("precision", [Precision("int4", 32), Precision("int8", 64, False)], ids=Precision.describe)
+@pytest.mark.parametrize(
+    "precision", [Precision("int4", 32), Precision("int6", 32), Precision("int8", 64, False)], ids=Precision.describe
+)
 def test_instructions(isa: Isa, precision: Precision) -> None:
     """Each profile multiplies bytes with its own instruction, and calls nothing."""
     function = linear_int(isa, "linear", precision, 70, 128, "swiglu", True)
