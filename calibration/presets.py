@@ -51,7 +51,8 @@ PRESETS: dict[str, Preset] = {
         Preset(_uniform("int8-weight", _INT8), "8-bit weights, a scale per 32."),
         Preset(
             Recipe("int4-rtn", _INT4, _INT4, _INT8),
-            "4-bit weights rounded to nearest with error-minimising scales, a scale per 32; 8-bit embedding.",
+            "4-bit weights rounded to nearest with error-minimising scales, a scale per 32; 8-bit embedding. "
+            "Target tvm: head and embedding in 6 bits.",
         ),
         Preset(
             Recipe("int4-rtn-asym", _INT4_ASYMMETRIC, _INT4_ASYMMETRIC, _INT8),
@@ -78,15 +79,15 @@ def load_recipe(
     lm_head: str | None = None,
     embedding: str | None = None,
     kv_cache: str | None = None,
-    default_kv_cache: Callable[[Recipe], str] | None = None,
+    complete: Callable[[Recipe, frozenset[str]], Recipe] | None = None,
 ) -> Recipe:
     """A preset's name or a TOML file, with the command line's overrides applied in the order of the parameters.
 
-    `lm_head` and `embedding` are PRECISION strings, see `parse_precision`. `default_kv_cache` chooses the cache where
-    neither `kv_cache` nor the file names one; without it that is fp32.
+    `lm_head` and `embedding` are PRECISION strings, see `parse_precision`. `complete`, a target's, chooses head,
+    embedding and cache where neither a parameter nor the file names them.
     """
     path = Path(source)
-    recipe, named = _read(path) if path.suffix == ".toml" else (preset(str(source)), None)
+    recipe, named = _read(path) if path.suffix == ".toml" else (preset(str(source)), frozenset[str]())
     if group_size is not None:
         recipe = _regroup(recipe, group_size)
     inherited = recipe.linear.group_size or group_size or DEFAULT_GROUP_SIZE
@@ -94,10 +95,11 @@ def load_recipe(
         recipe = replace(recipe, lm_head=parse_precision(lm_head, inherited))
     if embedding is not None:
         recipe = replace(recipe, embedding=parse_precision(embedding, inherited))
-    chosen = named if kv_cache is None else kv_cache
-    if chosen is None:
-        chosen = default_kv_cache(recipe) if default_kv_cache else recipe.kv_cache
-    return replace(recipe, kv_cache=checked_kv_cache(chosen))
+    if kv_cache is not None:
+        recipe = replace(recipe, kv_cache=checked_kv_cache(kv_cache))
+    given = {"lm_head": lm_head, "embedding": embedding, "kv_cache": kv_cache}
+    unnamed = frozenset(part for part, value in given.items() if value is None) - named
+    return complete(recipe, unnamed) if complete else recipe
 
 
 def parse_precision(text: str, group_size: int = DEFAULT_GROUP_SIZE) -> Precision:
@@ -123,12 +125,11 @@ def parse_precision(text: str, group_size: int = DEFAULT_GROUP_SIZE) -> Precisio
 
 def read_recipe(path: Path) -> Recipe:
     """A recipe from a TOML file; what it leaves out comes from its `base`. Raises InputError naming the entry."""
-    recipe, cache = _read(path)
-    return replace(recipe, kv_cache=cache or recipe.kv_cache)
+    return _read(path)[0]
 
 
-def _read(path: Path) -> tuple[Recipe, str | None]:
-    """The recipe of a file, and the KV cache if the file names one."""
+def _read(path: Path) -> tuple[Recipe, frozenset[str]]:
+    """The recipe of a file, and the parts that the file names."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -144,7 +145,9 @@ def _read(path: Path) -> tuple[Recipe, str | None]:
             raise _bad_entry(path, part, section, "a table, as in [linear]")
         changed = _section_precision(path, part, section, getattr(recipe, part))
         recipe = _with_part(recipe, part, changed)
-    return recipe, checked_kv_cache(_string(path, table, "kv_cache", "")) if "kv_cache" in table else None
+    if "kv_cache" in table:
+        recipe = replace(recipe, kv_cache=checked_kv_cache(_string(path, table, "kv_cache", "")))
+    return recipe, frozenset(table)
 
 
 def _section_precision(path: Path, part: str, section: dict[str, object], base: Precision) -> Precision:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from calibration.presets import PRESETS, preset
+from calibration.presets import PARTS, PRESETS, load_recipe
 from exporter.core.config import ModelConfig, RopeConfig
-from exporter.core.recipe import KV_CACHES
+from exporter.core.recipe import KV_CACHES, Recipe
 from targets.registry import TARGETS, get_target
 
 # A plain Llama shape that every kernel takes: what a target says of it is what it says of the recipe.
@@ -32,13 +32,14 @@ TYPICAL = ModelConfig(
 def list_targets() -> list[dict[str, Any]]:
     """Each target: usable here or why not, versions, its support level per recipe and KV cache, and its devices.
 
-    `default_kv_cache` names, for each recipe, the cache it gets where none is asked for.
+    `default_kv_cache` and `precisions` say what each recipe becomes where nothing else is asked for.
     """
     entries = []
     for name in TARGETS:
         target = get_target(name)
         probe = target.probe()
-        levels = {recipe: target.supports(TYPICAL, preset(recipe)).level for recipe in PRESETS}
+        recipes = {recipe: load_recipe(recipe, complete=target.complete) for recipe in PRESETS}
+        levels = {name: target.supports(TYPICAL, recipe).level for name, recipe in recipes.items()}
         entries.append(
             {
                 "name": name,
@@ -48,7 +49,8 @@ def list_targets() -> list[dict[str, Any]]:
                 "versions": target.versions(),
                 "recipes": levels,
                 "kv_caches": {kind: target.capabilities()[f"kv-cache {kind}"].level for kind in KV_CACHES},
-                "default_kv_cache": {recipe: target.default_kv_cache(preset(recipe)) for recipe in PRESETS},
+                "default_kv_cache": {name: recipe.kv_cache for name, recipe in recipes.items()},
+                "precisions": {name: _precisions(recipe) for name, recipe in recipes.items()},
                 "devices": [{"name": device, "summary": summary} for device, summary in target.devices().items()],
             }
         )
@@ -59,7 +61,9 @@ def list_recipes() -> list[dict[str, Any]]:
     """Each preset with the precision of its parts."""
     entries = []
     for name, listed in PRESETS.items():
-        recipe = listed.recipe
-        parts = {part: getattr(recipe, part).describe() for part in ("linear", "lm_head", "embedding")}
-        entries.append({"name": name, "summary": listed.summary, **parts})
+        entries.append({"name": name, "summary": listed.summary, **_precisions(listed.recipe)})
     return entries
+
+
+def _precisions(recipe: Recipe) -> dict[str, str]:
+    return {part: getattr(recipe, part).describe() for part in PARTS}

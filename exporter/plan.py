@@ -103,14 +103,14 @@ def make_plan(options: BuildOptions) -> Plan:
 
 
 def requested_recipe(options: BuildOptions, target: Target) -> Recipe:
-    """The recipe with the options' overrides applied, and the target's KV cache where none is named."""
+    """The recipe with the options' overrides applied, and the target's choice of what nobody named."""
     return load_recipe(
         options.recipe,
         group_size=options.group_size,
         lm_head=options.lm_head,
         embedding=options.embedding,
         kv_cache=options.kv_cache,
-        default_kv_cache=target.default_kv_cache,
+        complete=target.complete,
     )
 
 

@@ -136,8 +136,9 @@ class Target(Protocol):
         """native, emulated or refused, before any weight is read."""
         ...
 
-    def default_kv_cache(self, recipe: Recipe) -> str:
-        """The storage of keys and values where neither the recipe nor the user names one."""
+    def complete(self, recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
+        """The recipe with this target's choice for `lm_head`, `embedding` and `kv_cache` where they are in `unnamed`:
+        neither a recipe file nor the user named them."""
         ...
 
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:

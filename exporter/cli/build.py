@@ -21,7 +21,7 @@ Tracer = Annotated[str, typer.Option("--tracer", help="torch-export or torchscri
 SeqLen = Annotated[int | None, typer.Option("--max-seq-len", help="Positions in a row. Default: min(config, 4096).")]
 MaxBatch = Annotated[int, typer.Option("--max-batch", help="Rows in a batch.")]
 GroupSize = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
-LmHead = Annotated[str | None, typer.Option("--lm-head", help="Precision of the head: int4, int8/g64, bf16 ...")]
+LmHead = Annotated[str | None, typer.Option("--lm-head", help="Precision of the head: int4, int6, int8/g64, bf16 ...")]
 Embedding = Annotated[str | None, typer.Option("--embedding", help="Precision of the embedding.")]
 KvCache = Annotated[
     str | None,

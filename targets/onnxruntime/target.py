@@ -48,8 +48,8 @@ class OnnxRuntimeTarget:
     def supports(self, config: ModelConfig, recipe: Recipe) -> Support:
         return recipe_support(recipe)
 
-    def default_kv_cache(self, recipe: Recipe) -> str:
-        return "fp32"
+    def complete(self, recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
+        return recipe
 
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
         return "group" if precision.is_integer else None

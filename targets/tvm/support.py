@@ -1,6 +1,6 @@
 """What the target can do with a recipe: native, emulated or refused, from the configuration alone."""
 
-from exporter.core.recipe import INTEGER_BITS, Precision, Recipe, all_precisions
+from exporter.core.recipe import Precision, Recipe, all_precisions
 from exporter.core.support import Support
 
 KV_CACHES = ("fp32", "fp16", "int8", "fp8")
@@ -35,9 +35,3 @@ def recipe_support(recipe: Recipe) -> Support:
         if found:
             return Support(level, "; ".join(part.why for part in found), found[0].remedy)
     return Support("native")
-
-
-def default_kv_cache(recipe: Recipe) -> str:
-    """fp16 where some weights are rounded as coarsely or more, else fp32."""
-    kinds = {precision.kind for precision in (recipe.linear, recipe.lm_head, recipe.embedding)}
-    return "fp16" if kinds & {"fp16", *INTEGER_BITS} else "fp32"

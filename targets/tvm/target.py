@@ -10,6 +10,7 @@ from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
 from targets.base import ActivationRounding, BuildResult, BuildSource, DeviceOptions, Limits, Runner, RunOptions
 from targets.tvm import activations, support
+from targets.tvm.defaults import completed
 from targets.tvm.devices import device_names, resolve_device
 from targets.tvm.link import can_link
 from targets.tvm.tuning_choice import known_results
@@ -45,8 +46,8 @@ class TvmTarget:
     def supports(self, config: ModelConfig, recipe: Recipe) -> Support:
         return support.recipe_support(recipe)
 
-    def default_kv_cache(self, recipe: Recipe) -> str:
-        return support.default_kv_cache(recipe)
+    def complete(self, recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
+        return completed(recipe, unnamed)
 
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
         return activations.activation_rounding(precision)

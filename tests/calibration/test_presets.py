@@ -1,6 +1,7 @@
 """Recipes by name and from TOML, with the command line's overrides; every refusal with its exit code."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,16 +85,24 @@ def test_kv_cache() -> None:
             load_recipe("int4-rtn", kv_cache=unknown)
 
 
-def test_the_target_chooses_a_kv_cache_that_nobody_named(tmp_path: Path) -> None:
-    def choose(recipe: Recipe) -> str:
-        return "fp16" if recipe.linear.is_integer else "fp32"
+def test_the_target_is_told_what_nobody_named(tmp_path: Path) -> None:
+    told: list[frozenset[str]] = []
 
-    silent, named = write(tmp_path / "a.toml", ""), write(tmp_path / "b.toml", 'kv_cache = "int8"')
-    assert load_recipe("int4-rtn", default_kv_cache=choose).kv_cache == "fp16"
-    assert load_recipe("fp32", default_kv_cache=choose).kv_cache == "fp32"
-    assert load_recipe(silent, default_kv_cache=choose).kv_cache == "fp16"
-    assert load_recipe(named, default_kv_cache=choose).kv_cache == read_recipe(named).kv_cache == "int8"
-    assert load_recipe(named, kv_cache="fp32", default_kv_cache=choose).kv_cache == "fp32"
+    def complete(recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
+        told.append(unnamed)
+        return replace(recipe, kv_cache="fp16") if "kv_cache" in unnamed else recipe
+
+    def load(source: str | Path, **named: str) -> Recipe:
+        return load_recipe(source, complete=complete, **named)  # type: ignore[arg-type]
+
+    text = 'kv_cache = "int8"\n[linear]\ngroup_size = 64\n[embedding]\nkind = "int4"'
+    silent, cache = write(tmp_path / "a.toml", 'base = "int8-weight"'), write(tmp_path / "b.toml", text)
+    assert load("int4-rtn").kv_cache == load(silent).kv_cache == "fp16"
+    assert load(cache).kv_cache == read_recipe(cache).kv_cache == "int8"
+    assert load(cache, kv_cache="fp32").kv_cache == "fp32"
+    load("int4-rtn", lm_head="int4", embedding="int8/g32")
+    everything = frozenset({"lm_head", "embedding", "kv_cache"})
+    assert told == [everything, everything, {"lm_head"}, {"lm_head"}, {"kv_cache"}]
     assert not load_recipe("fp32", kv_cache="fp16").lossless
 
 

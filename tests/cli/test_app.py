@@ -104,6 +104,9 @@ def test_targets_list_devices_and_caches(capfd: pytest.CaptureFixture[str]) -> N
     assert set(listed["tvm"]["kv_caches"].values()) == {"native"}
     assert listed["tvm"]["default_kv_cache"]["int4-rtn"] == "fp16"
     assert listed["onnxruntime"]["default_kv_cache"]["int4-rtn"] == "fp32"
+    parts = {"linear": "int4/g32", "lm_head": "int4/g32", "embedding": "int8/g32"}
+    assert listed["onnxruntime"]["precisions"]["int4-rtn"] == parts
+    assert listed["tvm"]["precisions"]["int4-rtn"] == {**parts, "lm_head": "int6/g32", "embedding": "int6/g32"}
     _, text, _ = call(capfd, "targets")
     assert "--device raspberry-pi-5" in text
 

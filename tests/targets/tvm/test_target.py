@@ -2,7 +2,6 @@
 
 import pytest
 
-from calibration.presets import PRESETS, preset
 from exporter.core.errors import InputError
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
@@ -11,7 +10,7 @@ from targets.registry import get_target
 from targets.tvm import target as target_module
 from targets.tvm.file_names import LIBRARY
 
-FP32, INT8 = Precision("fp32"), Precision("int8", 32)
+FP32 = Precision("fp32")
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
 
@@ -38,16 +37,6 @@ def test_probe_wants_a_linker(monkeypatch):
     answer = get_target("tvm").probe()
     assert answer.level == "refused"
     assert "ziglang" in answer.why
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_the_cache_is_no_finer_than_the_weights(name):
-    expected = "fp32" if name in ("fp32", "bf16") else "fp16"
-    assert get_target("tvm").default_kv_cache(preset(name)) == expected
-
-
-def test_integers_in_any_part_make_the_cache_fp16():
-    assert get_target("tvm").default_kv_cache(Recipe("r", FP32, FP32, INT8)) == "fp16"
 
 
 def test_an_fp8_cache_is_refused(tiny_checkpoint):
