@@ -1,4 +1,4 @@
-"""The three steps of attention on tiles in registers: scores, softmax in base 2, and sums of values.
+"""Steps of attention on tiles in registers: sums of scores, softmax in base 2, and sums of values.
 
 A running maximum and sum per row make the softmax exact over any number of blocks: when the maximum rises, what was
 summed before is scaled down (Milakov and Gimelshein, 2018, Online normalizer calculation for softmax).

@@ -47,7 +47,8 @@ define <16 x i32> @bf16_pair(<16 x float> %low, <16 x float> %high) {{
 
 def bf16_functions() -> AbstractContextManager[Any]:
     """What stands in this block may call `dot`, `join` and `pair`."""
-    return T.attr(T.int32(0), "pragma_import_llvm", _LLVM)
+    block: AbstractContextManager[Any] = T.attr(T.int32(0), "pragma_import_llvm", _LLVM)
+    return block
 
 
 def dot(total: Expr, pairs: Expr, others: Expr) -> Expr:

@@ -15,12 +15,16 @@ all_profiles = pytest.mark.parametrize("isa", PROFILES.values(), ids=lambda isa:
 OWN = re.compile(r"TVM|__tvm_|memset|memcpy|\*|x\d+$")
 
 
-def outside_calls(function: Any, isa: Isa) -> set[str]:
-    """Names of functions that neither the kernel nor TVM's runtime defines; memset and memcpy are always there."""
+def assembly(function: Any, isa: Isa) -> str:
+    """A kernel compiled for a profile, on whatever machine."""
     triple = f"{isa.machine}-linux-gnu"
     described = {"kind": "llvm", "mtriple": triple, "mcpu": isa.mcpu, "mattr": list(isa.mattr)}
-    name = str(function.attrs["global_symbol"])
     with compiling():
-        text = tvm.compile(function, target=tvm.target.Target(described)).mod.inspect_source("asm")
+        return str(tvm.compile(function, target=tvm.target.Target(described)).mod.inspect_source("asm"))
+
+
+def outside_calls(function: Any, isa: Isa) -> set[str]:
+    """Names of functions that neither the kernel nor TVM's runtime defines; memset and memcpy are always there."""
+    name, text = str(function.attrs["global_symbol"]), assembly(function, isa)
     called = set(re.findall(r"^\s+(?:callq?|bl|blr)\s+(\S+)", text, re.MULTILINE))
     return {call for call in called if not OWN.match(call) and not call.startswith((name, f".L{name}"))}
