@@ -124,6 +124,9 @@ class Target(Protocol):
 
     name: str
 
+    scale_bits: int
+    """Bits of the scale of a group of integer weights, as the engine stores it."""
+
     def probe(self) -> Support:
         """Whether the toolchain is here; never raises; says why not and the remedy."""
         ...

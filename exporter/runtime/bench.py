@@ -15,13 +15,14 @@ from calibration.coverage import coverage
 from exporter.artifact.load import Artifact
 from exporter.artifact.manifest import Manifest
 from exporter.core.errors import InputError
+from exporter.core.recipe import kv_cache_bytes
 from exporter.runtime.engine import Engine, load, load_opened
 from exporter.runtime.memory_bandwidth import measure_bandwidth
+from targets.registry import get_target
 
 REPETITIONS = 3
 SEED = 0
 EMBEDDING = "model.embed_tokens.weight"
-KV_CACHE_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
 
 
 def bench(
@@ -80,10 +81,11 @@ def bytes_per_step(manifest: Manifest, batch: int, positions: float) -> float:
     the cached keys and values of `positions` positions in each row."""
     config = manifest.source.config
     matrices = coverage(config, manifest.recipe).tensors
-    bits = sum(tensor.stored_bits(scale_bits=32) for tensor in matrices if tensor.name != EMBEDDING)
+    scale_bits = get_target(manifest.target).scale_bits
+    bits = sum(tensor.stored_bits(scale_bits) for tensor in matrices if tensor.name != EMBEDDING)
     vectors = sum(shape[0] for shape in config.tensor_shapes.values() if len(shape) == 1)
-    per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    cache = per_position * KV_CACHE_BYTES.get(manifest.recipe.kv_cache, 4) * positions
+    heads = 2 * config.num_layers * config.num_kv_heads
+    cache = heads * kv_cache_bytes(manifest.recipe.kv_cache, config.head_dim) * positions
     return bits / 8 + 4 * vectors + batch * cache
 
 

@@ -29,6 +29,7 @@ class OnnxRuntimeTarget:
     """Lowers the canonical model to GroupQueryAttention and MatMulNBits; targets.base.Target says what each does."""
 
     name = "onnxruntime"
+    scale_bits = 32
 
     def probe(self) -> Support:
         """Whether engines can be built here; running one needs onnxruntime alone."""

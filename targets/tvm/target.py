@@ -24,6 +24,7 @@ class TvmTarget:
     """Lowers the canonical model to kernels of its own; targets.base.Target says what each method does."""
 
     name = "tvm"
+    scale_bits = 16
 
     def probe(self) -> Support:
         """Whether engines can be built here; running one needs apache-tvm-ffi and TVM's runtime library alone."""
