@@ -1,0 +1,41 @@
+"""How activations are rounded before a matrix: what the target says, and that parity computes what kernels compute."""
+
+import numpy as np
+import pytest
+
+from exporter.core.recipe import FLOAT_KINDS, Precision
+from targets.registry import get_target
+from tests.targets.tvm.kernels.packed_rows import quantized, quantized_with_exponents
+
+
+@pytest.mark.parametrize("group, symmetric", [(16, True), (32, False), (256, True)])
+def test_int4_shares_exponents_and_int8_has_a_scale_for_each_group(group: int, symmetric: bool) -> None:
+    tvm, onnxruntime = get_target("tvm").activation_rounding, get_target("onnxruntime").activation_rounding
+    four, eight = (Precision(kind, group, symmetric) for kind in ("int4", "int8"))
+    assert (tvm(four), tvm(eight)) == ("shared-exponent", "group")
+    assert (onnxruntime(four), onnxruntime(eight)) == ("group", "group")
+
+
+@pytest.mark.parametrize("kind", FLOAT_KINDS)
+def test_nothing_is_rounded_before_floats(kind: str) -> None:
+    assert get_target("tvm").activation_rounding(Precision(kind)) is None
+    assert get_target("onnxruntime").activation_rounding(Precision(kind)) is None
+
+
+@pytest.mark.parametrize("group", [16, 32, 128])
+def test_parity_rounds_as_kernels_do(group: int) -> None:
+    """To the last bit, by the formulas that test_quantize.py holds kernels to; tiny and huge rows included."""
+    torch = pytest.importorskip("torch")
+    from exporter.parity.activations import round_activations
+
+    random = np.random.default_rng(group)
+    x = random.normal(size=(40, 256)) * random.lognormal(0, 3, (40, 256)) * 10.0 ** random.integers(-30, 20, (40, 1))
+    x = x.astype(np.float32)
+    codes, scales, _ = quantized(x, group)
+    expected = (codes.reshape(40, -1, group) * scales[..., None]).reshape(x.shape)
+    np.testing.assert_array_equal(round_activations(torch.from_numpy(x), group, "group").numpy(), expected)
+    codes, shifts, _, bases = quantized_with_exponents(x, group)
+    assert (bases == 0).any() and (bases > 0).any()
+    scales = np.ldexp(bases[:, None], shifts >> 23)
+    expected = (codes.reshape(40, -1, group) * scales[..., None]).reshape(x.shape)
+    np.testing.assert_array_equal(round_activations(torch.from_numpy(x), group, "shared-exponent").numpy(), expected)
