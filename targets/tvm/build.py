@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from exporter.core.disk import output_errors
+from exporter.core.errors import UnsupportedError
 from exporter.core.progress import Progress
 from targets.base import BuildResult, BuildSource
 from targets.tvm.compile import compile_engine
@@ -22,7 +23,8 @@ TUNING_SHARE = 0.8
 
 def build_engine(source: BuildSource, out_dir: Path, progress: Progress, versions: dict[str, str]) -> BuildResult:
     """Write engine.so, weights.bin and engine.json, and tuning.json where kernels are tuned; the same source and
-    tuning give the same bytes."""
+    tuning give the same bytes. Raises UnsupportedError `tvm.missing`."""
+    _import_tvm()
     from targets.tvm.lower.lower import lower
     from targets.tvm.lower.slice_lowering import Setting
 
@@ -60,3 +62,13 @@ def build_engine(source: BuildSource, out_dir: Path, progress: Progress, version
         requirements={"cpu_features": list(device.cpu_features)},
         triple=device.triple,
     )
+
+
+def _import_tvm() -> None:
+    """A package that is there, as `probe` sees, need not load: a library or a part of it may be missing."""
+    try:
+        import tvm  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UnsupportedError(
+            "tvm.missing", f"apache-tvm cannot be imported: {error}", "pip install --force-reinstall 'enginesmith[tvm]'"
+        ) from error

@@ -18,6 +18,9 @@ AGAIN = "build the engine again with this version of enginesmith"
 TENSOR_TYPES = ("float32", "float16", "uint16", "uint8", "int32")
 CACHE_KINDS = ("fp32", "fp16", "int8")
 ALIGNMENT = 64
+LARGEST = 2**31 - 1
+"""Sizes are below this: token numbers and the like are int32."""
+LONGEST_STEP = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def read_index(folder: Path) -> EngineIndex:
     try:
         fields = parse_json((folder / INDEX).read_bytes())
         return _index(fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"the field {error}" if isinstance(error, KeyError) else str(error)
         raise ArtifactError("tvm.index", f"{INDEX} cannot be used: {what}", AGAIN) from error
 
@@ -107,13 +110,15 @@ def _index(fields: Any) -> EngineIndex:
         cache_block=_size(cache, "block"),
         value_width=_size(cache, "value_width"),
         tensors=tensors,
-        embedding=tuple(fields["embedding"]),
-        layers=tuple(tuple(names) for names in fields["layers"]),
-        layer_functions=tuple(fields["layer_functions"]),
-        head=tuple(fields["head"]),
+        embedding=_names(fields["embedding"], "embedding"),
+        layers=tuple(_names(names, "layers") for names in fields["layers"]),
+        layer_functions=_names(fields["layer_functions"], "layer_functions"),
+        head=_names(fields["head"], "head"),
     )
     if index.cache_kind not in CACHE_KINDS:
         raise ValueError(f"unknown cache {index.cache_kind!r}")
+    if index.chunk > LONGEST_STEP:
+        raise ValueError(f"chunk is {index.chunk}")
     if not len(index.layers) == len(index.layer_functions) == index.num_layers:
         raise ValueError(f"{len(index.layers)} layers are listed instead of {index.num_layers}")
     if unknown := [name for names in index.weight_names for name in names if name not in tensors]:
@@ -123,9 +128,15 @@ def _index(fields: Any) -> EngineIndex:
 
 def _size(fields: dict[str, Any], name: str) -> int:
     value = fields[name]
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value <= LARGEST:
         raise ValueError(f"{name} is {value!r}")
     return value
+
+
+def _names(value: Any, name: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise ValueError(f"{name} holds something else than names")
+    return tuple(value)
 
 
 def _tensor(name: str, entry: dict[str, Any]) -> TensorEntry:
@@ -134,4 +145,7 @@ def _tensor(name: str, entry: dict[str, Any]) -> TensorEntry:
         raise ValueError(f"the tensor {name!r} is {entry['dtype']} {list(shape)}")
     if type(offset) is not int or offset < 0 or offset % ALIGNMENT:
         raise ValueError(f"the tensor {name!r} starts at {offset!r}")
-    return TensorEntry(entry["dtype"], shape, offset)
+    found = TensorEntry(entry["dtype"], shape, offset)
+    if entry["bytes"] != found.nbytes:
+        raise ValueError(f"the tensor {name!r} has {entry['bytes']!r} bytes, its shape {found.nbytes}")
+    return found

@@ -138,10 +138,13 @@ class _Step:
         tensors = self._buffers.fill(parts)
         self._library.use_threads(self._threads)
         states = []
-        if keep_hidden:
-            states = self._run_layer_by_layer(tensors, sum(len(part.ids) for part in parts))
-        else:
-            self._forward(*tensors, self._caches, self._weights)
+        try:
+            if keep_hidden:
+                states = self._run_layer_by_layer(tensors, sum(len(part.ids) for part in parts))
+            else:
+                self._forward(*tensors, self._caches, self._weights)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise _refused(error) from error
         ended = [part.row for part in parts if part.last]
         logits[ended] = self._buffers.logits.array[: len(ended)]
         return states
@@ -156,6 +159,14 @@ class _Step:
             states.append(stream.copy())
         self._functions["head"](hidden, wanted, logits, self._weights[len(self._weights) - 1])
         return states
+
+
+def _refused(error: Exception) -> ArtifactError:
+    """The library looks at the type and shape of every tensor before a step."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ArtifactError(
+        "tvm.call", f"{LIBRARY} refuses what {INDEX} describes: {lines[-1].strip()[-300:]}", "build the engine again"
+    )
 
 
 def _check_config(index: EngineIndex, config: ModelConfig) -> None:

@@ -4,6 +4,7 @@ A file belongs to one CPU model and profile; it holds one entry for each shape o
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -91,24 +92,40 @@ class TuningFile:
         """One JSON object; the same results give the same bytes. Raises InputError `output.write`, `output.full`."""
         found = {key: asdict(self.found[key]) for key in sorted(self.found)}
         text = json.dumps({"format": FORMAT, "profile": self.profile, "cpu": self.cpu, "found": found}, indent=1)
-        with output_errors(path):
-            path.write_text(text + "\n", encoding="utf-8")
+        part = path.with_name(f".{path.name}.part")
+        try:
+            with output_errors(path):
+                part.write_text(text + "\n", encoding="utf-8")
+                part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def read_tuning(path: Path) -> TuningFile:
     """A file that `write` wrote. Raises InputError `tuning.file` when it cannot be read or is something else."""
     try:
         data = parse_json(path.read_bytes())
+        if not isinstance(data, dict):
+            raise ValueError("it is no object")
         if data["format"] != FORMAT:
             raise ValueError(f"its format is {data['format']!r}, this version reads {FORMAT}")
         if not isinstance(data["profile"], str) or not isinstance(data["cpu"], str):
             raise ValueError("profile and cpu are no names")
         return TuningFile(data["profile"], data["cpu"], {key: _entry(value) for key, value in data["found"].items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise InputError("tuning.file", f"cannot read {path}: {error.strerror or error}", "check the path") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(
             "tuning.file", f"{path.name} holds no tuning results: {reason}", "name a file that --tune wrote"
         ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Before minutes are spent on results for `path`. Raises InputError `tuning.unwritable`."""
+    folder = path.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+        raise InputError("tuning.unwritable", f"no file can be written at {path}", "name a file in a writable folder")
 
 
 def _entry(value: dict[str, int]) -> Tuning:

@@ -8,7 +8,7 @@ from exporter.core.errors import InputError
 from exporter.core.machine import cpu_model
 from targets.base import BuildSource, DeviceOptions
 from targets.tvm.devices import Device
-from targets.tvm.tuning import DEFAULT, Tuning, TuningFile, read_tuning, shape_key
+from targets.tvm.tuning import DEFAULT, Tuning, TuningFile, check_writable, read_tuning, shape_key
 from targets.tvm.tuning_search import search
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def known_results(options: DeviceOptions, device: Device) -> TuningFile:
             f"{device.name} cannot be tuned on this machine: its kernels do not run here",
             "run --tune on such a machine with --tuning FILE, then build here with that file",
         )
+    if options.tune_minutes and options.tuning is not None:
+        check_writable(options.tuning)
     here = cpu_model()
     if options.tuning is None or (options.tune_minutes and not options.tuning.exists()):
         return TuningFile(device.isa.name, here)

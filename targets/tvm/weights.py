@@ -16,8 +16,11 @@ READ_BYTES = 16 << 20
 
 def read_weights(path: Path, index: EngineIndex, threads: int) -> dict[str, np.ndarray]:
     """Every tensor of an engine as a view of one buffer. Raises ArtifactError `tvm.weights`, MemoryError."""
-    pages = allocate_pages(index.weights_bytes)
     try:
+        # Before memory is asked for, which a damaged index may want more of than there is.
+        if (size := path.stat().st_size) < index.weights_bytes:
+            raise OSError(0, f"it ends at byte {size}, {index.weights_bytes} are needed")
+        pages = allocate_pages(index.weights_bytes)
         _fill(pages, path, threads)
     except OSError as error:
         raise ArtifactError(

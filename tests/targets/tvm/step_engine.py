@@ -45,6 +45,7 @@ class StepEngine:
         layers (only with `by_function`, which calls `embed`, `layer` and `head` one by one)."""
         ids = np.concatenate(list(rows.values()))
         counts = {row: len(new) for row, new in rows.items()}
+        assert all(self.lengths[row] + count <= self.index["max_seq_len"] for row, count in counts.items())
         first = np.cumsum([0, *counts.values()])
         segments = [[row, first[i], counts[row], self.lengths[row]] for i, row in enumerate(rows)]
         positions = [self.lengths[row] + i for row, count in counts.items() for i in range(count)]

@@ -1,5 +1,6 @@
 """engine.json read back, weights and caches in memory, and CPUs that cannot run an engine."""
 
+import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,14 @@ from tests.targets.tvm.runners import open_runner, with_index
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def _tensors(folder: Path) -> dict[str, object]:
+    return json.loads((folder / INDEX).read_text())["tensors"]
+
+
+def _vast() -> dict[str, object]:
+    return {"dtype": "uint8", "shape": [2**30, 2**20], "offset": 0, "bytes": 2**50}
 
 
 def test_pages_are_aligned_zeroed_and_lazy():
@@ -101,6 +110,14 @@ def test_caches_have_the_layout_of_the_kernels(tvm_engine, kv_cache, dtypes):
         {"cache": {"kind": "fp8", "block": 32, "value_width": 16}},
         {"tensors": {"w": {"dtype": "float64", "shape": [1], "offset": 0}}},
         {"tensors": {"w": {"dtype": "uint8", "shape": [1], "offset": 3}}},
+        {"tensors": {"w": {"dtype": "uint8", "shape": [64], "offset": 0, "bytes": 63}}},
+        {"tensors": []},
+        {"vocab_size": 2**31},
+        {"chunk": 10**9},
+        {"layer_functions": ["layer", 1]},
+        {"layer_functions": [["layer"], ["layer"]]},
+        {"embedding": "w"},
+        {"layers": [{}, {}]},
         {"profile": "mmx"},
     ],
 )
@@ -108,6 +125,28 @@ def test_an_index_that_does_not_add_up_is_refused(tvm_engine, tmp_path, fields):
     with pytest.raises(ArtifactError) as error:
         open_runner(with_index(tvm_engine(), tmp_path, **fields))
     assert error.value.kind == "tvm.index"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"cache": {"kind": "fp16", "block": 32, "value_width": 16}}, {"layers": [[], []]}, {"embedding": []}],
+)
+@pytest.mark.parametrize("hidden_states", [False, True])
+def test_a_library_refuses_another_engines_index(tvm_engine, tmp_path, fields, hidden_states):
+    """What adds up and yet is not this library's: refused by the library, before a kernel runs."""
+    built = with_index(tvm_engine(), tmp_path, **fields)
+    with open_runner(built, hidden_states=hidden_states) as runner, pytest.raises(ArtifactError) as error:
+        runner.prefill(np.array([[3, 4]]), np.array([2]))
+    assert error.value.kind == "tvm.call"
+
+
+def test_weights_beyond_memory_are_refused_as_damage(tvm_engine, tmp_path):
+    built = tvm_engine()
+    name = read_index(built.path).head[-1]
+    tensors = {"tensors": {**_tensors(built.path), name: _vast()}}
+    with pytest.raises(ArtifactError) as error:
+        open_runner(with_index(built, tmp_path, **tensors))
+    assert error.value.kind == "tvm.weights"
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"format": 1}', b"\xff", None])

@@ -1,8 +1,10 @@
 """What the target says about itself, before anything is built, and what it builds for other machines."""
 
+import sys
+
 import pytest
 
-from exporter.core.errors import InputError
+from exporter.core.errors import InputError, UnsupportedError
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
 from targets.base import DeviceOptions
@@ -66,3 +68,14 @@ def test_engines_for_other_machines_are_compiled_and_linked_here(tvm_engine, dev
     assert built.result.triple == f"{wanted}-linux"
     features = built.result.requirements["cpu_features"]
     assert ("asimddp" if wanted == "aarch64" else "sse4_2") in features
+
+
+def test_a_package_that_does_not_load_is_refused(monkeypatch, tiny_checkpoint, tmp_path):
+    """Installed, as `probe` sees, and yet broken."""
+    pytest.importorskip("tvm", reason="apache-tvm is not installed")
+    from tests.targets.tvm.builds import build_tvm, tvm_source
+
+    monkeypatch.setitem(sys.modules, "tvm", None)
+    with pytest.raises(UnsupportedError) as error:
+        build_tvm(tvm_source(tiny_checkpoint("gqa"), "fp32"), tmp_path / "engine")
+    assert error.value.kind == "tvm.missing" and "pip install" in error.value.remedy

@@ -66,6 +66,20 @@ def test_what_is_no_tuning_file_is_refused(tmp_path: Path, data: object) -> None
     assert error.value.kind == "tuning.file"
 
 
+def test_an_unfinished_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, kept = tmp_path / "tuning.json", TuningFile("x86-64-v3", "Some CPU")
+    kept.write(path)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kept.with_result("a shape", DEFAULT).write(path)
+    assert read_tuning(path) == kept
+    assert [each.name for each in tmp_path.iterdir()] == ["tuning.json"]
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         read_tuning(tmp_path / "none.json")

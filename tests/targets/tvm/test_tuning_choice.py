@@ -18,7 +18,7 @@ from targets.tvm.tuning_choice import known_results
 from tests.targets.tvm.builds import build_tvm, tvm_source
 from tests.targets.tvm.step_engine import StepEngine
 
-PROMPT = {0: np.arange(3, 45)}
+PROMPT = {0: np.arange(3, 43)}
 FOREIGN = "raspberry-pi-5" if machine() == "x86_64" else "x86-64-v3"
 
 
@@ -63,6 +63,14 @@ def test_a_model_that_was_not_tuned_is_refused(tiny_checkpoint, tmp_path: Path, 
     with pytest.raises(InputError, match="64x128, 4/2 heads of 16, int4/g32, fp32 cache") as error:
         build_tvm(source, tmp_path / "engine")
     assert error.value.kind == "tuning.shape"
+
+
+@pytest.mark.parametrize("path", ["none/results.json", "."])
+def test_results_that_could_not_be_kept_are_refused_before_the_search(tmp_path: Path, path: str) -> None:
+    options = DeviceOptions(tune_minutes=60, tuning=tmp_path / path)
+    with pytest.raises(InputError, match="no file can be written") as error:
+        known_results(options, resolve_device(options))
+    assert error.value.kind == "tuning.unwritable"
 
 
 def test_another_machine_cannot_be_tuned_here() -> None:
