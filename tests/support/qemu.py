@@ -38,7 +38,9 @@ class Aarch64:
     def run(self, *words: str | Path, core: str = "max", check: bool = True) -> subprocess.CompletedProcess[str]:
         """A program with its arguments, on one of qemu's cores."""
         path = f"{self.libraries}:{SYSROOT / 'lib'}"
-        command = [QEMU, "-cpu", core, "-L", str(SYSROOT), "-E", f"LD_LIBRARY_PATH={path}"]
+        # TVM's threads spin while they wait; a thread that spins under emulation starves beside other processes.
+        environment = f"LD_LIBRARY_PATH={path},TVM_NUM_THREADS=1"
+        command = [QEMU, "-cpu", core, "-L", str(SYSROOT), "-E", environment]
         done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True, check=False, timeout=300)
         assert not check or done.returncode == 0, f"{words[0]} failed: {done.returncode}\n{done.stderr}"
         return done
