@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from exporter.core.config import ModelConfig
@@ -9,6 +10,13 @@ from exporter.core.errors import BudgetError
 from exporter.core.recipe import Precision, Recipe
 
 SOURCE = Precision("fp32")
+CodeBits = Callable[[Precision], int]
+"""Bits that a weight of a precision takes where it is stored."""
+
+
+def plain_bits(precision: Precision) -> int:
+    """The bits of the precision itself: nothing is filled up."""
+    return precision.bits
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,12 @@ class TensorCoverage:
     def parameters(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    def stored_bits(self, scale_bits: int) -> int:
+    def stored_bits(self, scale_bits: int, code_bits: CodeBits = plain_bits) -> int:
         """Bits of codes, scales and zero points (packed as the codes are)."""
+        bits = code_bits(self.actual)
         groups = self.parameters // self.actual.group_size if self.actual.group_size else 0
-        per_group = scale_bits + (0 if self.actual.symmetric else self.actual.bits)
-        return self.parameters * self.actual.bits + groups * per_group
+        per_group = scale_bits + (0 if self.actual.symmetric else bits)
+        return self.parameters * bits + groups * per_group
 
 
 @dataclass(frozen=True)
@@ -65,8 +74,8 @@ def actual_precision(requested: Precision, width: int) -> Precision:
     return SOURCE if requested.group_size is not None and width % requested.group_size else requested
 
 
-def coverage(config: ModelConfig, recipe: Recipe, scale_bits: int = 32) -> Coverage:
-    """What the recipe achieves on this architecture; `scale_bits` is the size of a stored scale."""
+def coverage(config: ModelConfig, recipe: Recipe, scale_bits: int = 32, code_bits: CodeBits = plain_bits) -> Coverage:
+    """What the recipe achieves on this architecture; `scale_bits` and `code_bits`: how a target stores it."""
     hidden, vocabulary = config.hidden_size, config.vocab_size
     tensors = [_tensor("model.embed_tokens.weight", (vocabulary, hidden), recipe.embedding)]
     for layer in range(config.num_layers):
@@ -75,7 +84,7 @@ def coverage(config: ModelConfig, recipe: Recipe, scale_bits: int = 32) -> Cover
     tensors.append(_tensor("lm_head.weight", (vocabulary, hidden), recipe.lm_head))
     total = sum(t.parameters for t in tensors)
     covered = sum(t.parameters for t in tensors if t.covered)
-    return Coverage(tuple(tensors), covered / total, _bits_per_weight(config, tensors, scale_bits))
+    return Coverage(tuple(tensors), covered / total, _bits_per_weight(config, tensors, scale_bits, code_bits))
 
 
 def gate(achieved: Coverage, min_coverage: float = 1.0) -> None:
@@ -99,13 +108,13 @@ def _tensor(name: str, shape: tuple[int, int], requested: Precision) -> TensorCo
     return TensorCoverage(name, shape, requested, actual, why)
 
 
-def _bits_per_weight(config: ModelConfig, tensors: list[TensorCoverage], scale_bits: int) -> float:
+def _bits_per_weight(config: ModelConfig, tensors: list[TensorCoverage], scale_bits: int, code_bits: CodeBits) -> float:
     embedding, head = tensors[0], tensors[-1]
-    stored = sum(t.stored_bits(scale_bits) for t in tensors)
+    stored = sum(t.stored_bits(scale_bits, code_bits) for t in tensors)
     weights = sum(t.parameters for t in tensors)
     if config.tie_word_embeddings:
         weights -= head.parameters
-        stored -= head.stored_bits(scale_bits) if head.actual == embedding.actual else 0
+        stored -= head.stored_bits(scale_bits, code_bits) if head.actual == embedding.actual else 0
     return stored / weights
 
 

@@ -111,7 +111,7 @@ def prepare(options: BuildOptions) -> Job:
     config = ModelConfig.from_directory(options.checkpoint)
     target.check_device(options.device)
     recipe = requested_recipe(options, target)
-    covered = coverage(config, recipe, target.scale_bits)
+    covered = coverage(config, recipe, target.scale_bits, target.code_bits)
     limits = Limits(options.max_batch, options.sequence_limit(config))
     if blocker := first_blocker(options, target, config, recipe, covered):
         raise blocker

@@ -82,7 +82,7 @@ def make_plan(options: BuildOptions) -> Plan:
     config = ModelConfig.from_directory(options.checkpoint)
     target.check_device(options.device)
     recipe = requested_recipe(options, target)
-    covered = coverage(config, recipe, target.scale_bits)
+    covered = coverage(config, recipe, target.scale_bits, target.code_bits)
     limits = Limits(options.max_batch, options.sequence_limit(config))
     support = target.supports(config, recipe)
     blocker = first_blocker(options, target, config, recipe, covered)

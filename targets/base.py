@@ -144,6 +144,10 @@ class Target(Protocol):
         neither a recipe file nor the user named them."""
         ...
 
+    def code_bits(self, precision: Precision) -> int:
+        """Bits of a weight of this precision as the engine stores it, its scale not counted."""
+        ...
+
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
         """How engines round what a matrix of this precision multiplies: parity simulates it. None: not at all."""
         ...

@@ -45,8 +45,8 @@ INT6 = EagerLimits(
     0.01,
     None,
     1.01,
-    "64 levels: a quarter of the step of 4 bits, a sixteenth of their KL, which is quadratic in the step; a larger "
-    "share stays of what the int8 activations cost. Larger groups are within it too",
+    "64 levels: a quarter of the step of 4 bits, and KL is quadratic in the step; the share of the int8 activations "
+    "stays. 0.0027 measured on the example model with all weights in groups of 64, 0.0015 with the head in 256",
 )
 INT4_FINE = EagerLimits(
     None, 0.05, None, 1.05, "16 levels, groups of at most 32; the maximum is reported: one flat position dominates it"

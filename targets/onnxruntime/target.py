@@ -4,6 +4,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
+from calibration.codecs import container_bits
 from exporter.core.config import ModelConfig
 from exporter.core.progress import Progress
 from exporter.core.recipe import Precision, Recipe
@@ -51,6 +52,9 @@ class OnnxRuntimeTarget:
 
     def complete(self, recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
         return recipe
+
+    def code_bits(self, precision: Precision) -> int:
+        return container_bits(precision) if precision.is_integer else precision.bits
 
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
         return "group" if precision.is_integer else None

@@ -50,6 +50,9 @@ class TvmTarget:
     def complete(self, recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
         return completed(recipe, unnamed)
 
+    def code_bits(self, precision: Precision) -> int:
+        return precision.bits
+
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
         return activations.activation_rounding(precision)
 

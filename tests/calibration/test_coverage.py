@@ -6,6 +6,8 @@ from calibration.coverage import coverage, gate
 from calibration.presets import load_recipe
 from exporter.core.config import ModelConfig, parse_config
 from exporter.core.errors import BudgetError
+from exporter.core.recipe import Precision, Recipe
+from targets.registry import get_target
 from tests.support.tiny import BASE
 
 LAYER = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 128  # q, k and v, o, gate and up and down
@@ -44,6 +46,13 @@ def test_bits_per_weight_counts_scales_and_zero_points() -> None:
     six = load_recipe("int8-weight", lm_head="int6/g64", embedding="int6/g64")
     expected = ((8 + 32 / 32) * 2 * LAYER + (6 + 32 / 64) * 2 * TABLE) / (2 * LAYER + 2 * TABLE)
     assert coverage(config(), six).bits_per_weight == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("target", "bits"), [("onnxruntime", 8 + 32 / 64), ("tvm", 6 + 16 / 64)])
+def test_bits_are_those_that_a_target_stores(target: str, bits: float) -> None:
+    target_, six = get_target(target), Precision("int6", 64)
+    found = coverage(config(), Recipe("six", six, six, six), target_.scale_bits, target_.code_bits)
+    assert found.bits_per_weight == pytest.approx(bits, rel=1e-12)
 
 
 def test_a_tied_table_is_stored_once_when_both_uses_agree() -> None:
