@@ -28,6 +28,7 @@ FLOAT = [("biases", "fp32", {}), ("tied", "bf16", {}), ("gqa", "fp16", {"head_di
 INTEGER = [
     ("biases", "int8", {}),
     ("tied", "int4", {"vocab_size": 333}),
+    ("tied", "int6", {"vocab_size": 333, "head_dim": 24}),
     ("llama3_rope", "int4-asym", {"head_dim": 24, "intermediate_size": 144, "hidden_size": 96}),
     ("mha", "int8-asym", {}),
     ("mqa_three_layers", "mixed", {"vocab_size": 333}),

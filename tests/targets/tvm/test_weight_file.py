@@ -69,7 +69,7 @@ def test_tensors_lie_on_pages_and_do_not_overlap(tiny_checkpoint, shape):
     assert plan.weights_bytes == sum(tensor.nbytes for tensor in tensors) <= plan.nbytes
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int4", "int4-asym"])
+@pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int6", "int4", "int4-asym"])
 def test_a_tied_head_shares_the_bytes_of_its_table(tiny_checkpoint, recipe):
     source = tvm_source(tiny_checkpoint("tied"), recipe)
     model, plan = lowered(source), planned(source)
