@@ -63,7 +63,6 @@ def _board(name: str, isa: str, mcpu: str, summary: str, mattr: tuple[str, ...] 
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        _of_profile("x86-64-v4-bf16", "x86-64-v4-bf16", "AVX-512 with VNNI and BF16: Zen 4, Sapphire Rapids and newer"),
         _of_profile("x86-64-v4", "x86-64-v4-vnni", "AVX-512 with VNNI: Ice Lake, Zen 4 and newer"),
         _of_profile("x86-64-v3-vnni", "x86-64-v3-vnni", "AVX2 with AVX-VNNI: Alder Lake and newer"),
         _of_profile("x86-64-v3", "x86-64-v3", "AVX2 and FMA: Haswell, Zen and newer"),

@@ -13,8 +13,8 @@ class Isa:
     `lanes`: 32-bit lanes of a vector. `registers`: vector registers. `dot`: which instructions multiply bytes:
     `vnni` (unsigned x signed, 4 products a lane), `maddubs` (unsigned x signed, pairs, 16 bit), `sdot` (signed x
     signed, 4 products a lane), `smmla` (2 x 8 by 8 x 2), `smull` (widening products).
-    `fma`, `half`: fused multiply-add, conversion of float16 in hardware. `bf16`: products of pairs of bfloat16, summed
-    in float32. `cpu_features`: names of /proc/cpuinfo that an engine of this profile needs.
+    `fma`, `half`: fused multiply-add, conversion of float16 in hardware. `cpu_features`: names of /proc/cpuinfo
+    that an engine of this profile needs.
     """
 
     name: str
@@ -27,7 +27,6 @@ class Isa:
     cpu_features: tuple[str, ...]
     mcpu: str
     mattr: tuple[str, ...] = ()
-    bf16: bool = False
 
     @property
     def int8_offset(self) -> int:
@@ -42,19 +41,6 @@ _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 PROFILES: dict[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa(
-            "x86-64-v4-bf16",
-            "x86_64",
-            16,
-            32,
-            "vnni",
-            True,
-            True,
-            (*_V4, "avx512_vnni", "avx512_bf16"),
-            "x86-64-v4",
-            ("+avx512vnni", "+avx512bf16"),
-            bf16=True,
-        ),
         Isa(
             "x86-64-v4-vnni", "x86_64", 16, 32, "vnni", True, True, (*_V4, "avx512_vnni"), "x86-64-v4", ("+avx512vnni",)
         ),

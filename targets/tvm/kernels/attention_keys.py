@@ -1,8 +1,7 @@
 """Scores of prefill: the queries of a task and a block of keys in scratch, and their products.
 
 Either as float32, or as 16-bit integers where VNNI multiplies twice as many of those. Each query and each key is
-scaled to a Euclidean norm of 32767 then, so no sum of products exceeds 2^30 (Cauchy and Schwarz), and the error of a
-score is about 1.3e-5 of the product of both norms, over the root of the head's length: 20 times less than bfloat16.
+scaled to a Euclidean norm of 32767 then, so no sum of products exceeds 2^30 (Cauchy and Schwarz).
 """
 
 from collections.abc import Callable
@@ -16,13 +15,11 @@ from targets.tvm.kernels.cache_format import BLOCK
 from targets.tvm.kernels.cache_values import read_cached
 from targets.tvm.kernels.ir import Expr, Registers, broadcast, float_vector, int_vector, intrinsic, load, store
 from targets.tvm.kernels.partial import load_part, pieces
+from targets.tvm.kernels.short import TINY, add_pairs, neighbours, rounded
+from targets.tvm.kernels.short import pair as pair_of
 
 LARGEST = 32767.0
 """The norm of integer rows."""
-TINY = 1e-30
-"""Stands for a norm of zero."""
-ROUNDING = 1.5 * 2.0**23
-"""A float32 of this added has the rounded value in its low bits, as an integer."""
 
 
 class FloatScores:
@@ -65,7 +62,7 @@ class FloatScores:
         """Scores of the tile's rows, from `first` on, with one block of positions."""
         plan, lanes, vectors = self.plan, self.plan.lanes, self.operands.vectors
         columns = plan.score_columns(plan.tile_rows)
-        queries, keys = T.bind(first * plan.head_dim), T.bind(block * (plan.head_dim * BLOCK))
+        queries, keys = (T.bind(first * plan.head_dim), T.bind(block * (plan.head_dim * BLOCK)))
         with T.serial(0, plan.block_vectors // columns) as part:
             half = T.bind(part * columns * lanes)
             sums = Sums(lanes, plan.tile_rows, columns)
@@ -124,14 +121,7 @@ class ShortScores:
         T.buffer_store(self.query_scales, norm * T.float32(1 / LARGEST), [row])
         factor = T.bind(broadcast(T.float32(LARGEST) / norm, lanes))
         for column in columns:
-            codes = T.cast(self._rounded(part(column), factor), f"int16x{lanes}")
-            words = T.reinterpret(f"int32x{lanes // 2}", codes)
-            store(self.queries, row * self.words + column // 2, words, lanes // 2)
-
-    def _rounded(self, values: Expr, factor: Expr) -> Expr:
-        """int32 lanes whose low half is rint(values * factor) as a 16-bit integer."""
-        vectors = self.operands.vectors
-        return T.reinterpret(vectors.int, vectors.fma(values, factor, float_vector(ROUNDING, vectors.lanes)))
+            store(self.queries, row * self.words + column // 2, neighbours(vectors, part(column), factor), lanes // 2)
 
     def pack_keys(self, position: Expr, blocks: Expr) -> None:
         """Blocks of keys from a position of the cache on."""
@@ -152,7 +142,7 @@ class ShortScores:
         return read_cached(self.operands.vectors, self.plan.kind, self.operands.key, at)
 
     def _scaled(self, factor: Expr) -> Callable[[Expr], Expr]:
-        return lambda at: self._rounded(self._value(at), factor)
+        return lambda at: rounded(self.operands.vectors, self._value(at), factor)
 
     def _code(self, at: Expr) -> Expr:
         return T.cast(load(self.operands.key, at, self.plan.lanes), self.operands.vectors.int)
@@ -174,10 +164,7 @@ class ShortScores:
         lanes, pairs = self.plan.lanes, self.plan.head_dim // 2
         with T.serial(0, pairs) as pair:
             low, high = (code(source + (pair * 2 + half) * BLOCK) for half in range(2))
-            word = T.bitwise_or(
-                T.bitwise_and(low, int_vector(0xFFFF, lanes)), T.shift_left(high, int_vector(16, lanes))
-            )
-            store(self.keys, (block * pairs + pair) * BLOCK + column, word, lanes)
+            store(self.keys, (block * pairs + pair) * BLOCK + column, pair_of(self.operands.vectors, low, high), lanes)
 
     def score(self, first: Expr, block: Expr, into: Softmax) -> None:
         """Scores of the tile's rows, from `first` on, with one block of positions."""
@@ -191,7 +178,7 @@ class ShortScores:
             with T.serial(0, pairs) as pair:
                 start = keys + pair * BLOCK + half
                 sums.add(
-                    self._multiply,
+                    lambda total, keys, query: add_pairs(self.operands.vectors, total, keys, query),
                     lambda row: self.queries[queries + row * self.words + pair],
                     lambda column: load(self.keys, start + column * lanes, lanes),
                 )
@@ -202,9 +189,3 @@ class ShortScores:
                 for place, own, group in zip(places, scales, sums.groups, strict=True):
                     score = T.cast(group[row], f"float32x{lanes}") * own * scale
                     store(into.scores, into.place(row, place), score, lanes)
-
-    def _multiply(self, total: Expr, words: Expr, others: Expr) -> Expr:
-        lanes = self.plan.lanes
-        pairs = f"int16x{2 * lanes}"
-        name = f"llvm.x86.avx512.vpdpwssd.{32 * lanes}"
-        return intrinsic(f"int32x{lanes}", name, total, T.reinterpret(pairs, words), T.reinterpret(pairs, others))

@@ -58,14 +58,9 @@ class Plan:
         return self.accumulators // 2
 
     @property
-    def short_scores(self) -> bool:
-        """Whether prefill multiplies queries and keys as 16-bit integers: VNNI sums two products a lane."""
+    def short(self) -> bool:
+        """Whether prefill multiplies 16-bit integers: VNNI sums two products a lane."""
         return self.isa.dot == "vnni" and self.kind.name != "fp32" and self.head_dim % 2 == 0
-
-    @property
-    def bf16_values(self) -> bool:
-        """Whether prefill multiplies weights and values as bfloat16."""
-        return self.isa.bf16 and self.kind.name != "fp32"
 
     @property
     def decode_batches(self) -> list[tuple[int, int]]:

@@ -20,16 +20,7 @@ EngineFactory = Callable[..., Engine]
 # One device for each x86 profile; those this CPU lacks instructions for are left out.
 RUNNABLE = [
     name
-    for name in (
-        "x86-64-v4-bf16",
-        "x86-64-v4",
-        "x86-64-v3-vnni",
-        "x86-64-v3",
-        "x86-64-v2",
-        "aarch64",
-        "aarch64-dotprod",
-        "aarch64-i8mm",
-    )
+    for name in ("x86-64-v4", "x86-64-v3-vnni", "x86-64-v3", "x86-64-v2", "aarch64", "aarch64-dotprod", "aarch64-i8mm")
     if DEVICES[name].machine == machine() and cpu_features().issuperset(DEVICES[name].cpu_features)
 ]
 

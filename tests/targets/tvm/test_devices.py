@@ -14,8 +14,7 @@ from targets.tvm.cpus import CPUINFO, CPUS
 from targets.tvm.devices import DEVICES, Device, device_names, resolve_device
 from targets.tvm.isa import PROFILES, profile
 
-ZEN4 = frozenset(profile("x86-64-v4-bf16").cpu_features)
-ICE_LAKE = frozenset(profile("x86-64-v4-vnni").cpu_features)
+ZEN4 = frozenset(profile("x86-64-v4-vnni").cpu_features)
 HASWELL = frozenset(profile("x86-64-v3").cpu_features)
 # The "Features" line of the real machines.
 PI_4_LINE = "fp asimd evtstrm crc32 cpuid"
@@ -70,8 +69,7 @@ def test_boards_have_what_their_engines_need(name: str, features: frozenset[str]
 @pytest.mark.parametrize(
     ("machine", "features", "isa"),
     [
-        ("x86_64", ZEN4, "x86-64-v4-bf16"),
-        ("x86_64", ICE_LAKE, "x86-64-v4-vnni"),
+        ("x86_64", ZEN4, "x86-64-v4-vnni"),
         ("x86_64", HASWELL | {"avx_vnni"}, "x86-64-v3-vnni"),
         ("x86_64", HASWELL, "x86-64-v3"),
         ("aarch64", RASPBERRY_PI_5, "aarch64-dotprod"),
@@ -106,10 +104,9 @@ def test_a_device_is_foreign_by_triple_or_by_features(monkeypatch: pytest.Monkey
     [
         (
             {"mcpu": "znver4"},
-            "x86-64-v4-bf16",
+            "x86-64-v4-vnni",
             {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "znver4", "mattr": []},
         ),
-        ({"mcpu": "icelake-server"}, "x86-64-v4-vnni", None),
         (
             {"mtriple": "aarch64-unknown-linux-gnu", "mattr": ("+dotprod", "+fullfp16")},
             "aarch64-dotprod",
