@@ -22,13 +22,14 @@ class Plan:
     kv_heads: int
     head_dim: int
     kind: CacheKind
+    integers: bool = False
 
     @classmethod
-    def of(cls, isa: Isa, heads: int, kv_heads: int, head_dim: int, kind: str) -> "Plan":
+    def of(cls, isa: Isa, heads: int, kv_heads: int, head_dim: int, kind: str, integers: bool = False) -> "Plan":
         """ValueError when the kv heads do not divide the heads."""
         if heads % kv_heads:
             raise ValueError(f"{heads} query heads cannot share {kv_heads} key and value heads evenly")
-        return cls(isa, heads, kv_heads, head_dim, cache_kind(kind))
+        return cls(isa, heads, kv_heads, head_dim, cache_kind(kind), integers)
 
     @property
     def group(self) -> int:
@@ -59,8 +60,9 @@ class Plan:
 
     @property
     def short(self) -> bool:
-        """Whether prefill multiplies 16-bit integers: VNNI sums two products a lane."""
-        return self.isa.dot == "vnni" and self.kind.name != "fp32" and self.head_dim % 2 == 0
+        """Whether prefill multiplies 16-bit integers, if asked to: VNNI sums two products a lane."""
+        fits = self.isa.dot == "vnni" and self.kind.name != "fp32" and self.head_dim % 2 == 0
+        return self.integers and fits
 
     @property
     def decode_batches(self) -> list[tuple[int, int]]:
