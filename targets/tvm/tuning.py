@@ -32,9 +32,9 @@ class Tuning:
 
     `prefetch`: bytes of the weight stream asked for ahead (4 to 12 KB make little difference).
     `tile_rows`: rows of a tile of integer products, 0 for the profile's own. `chunk`: tokens of one step of a prompt
-    at most. `queries`: rows of a task of prompt attention. `attention_integers`: 1 lets it multiply 16-bit integers where
-    the CPU has VNNI: faster for long prompts, but a prompt then rounds otherwise than single tokens do, which moves
-    8-bit activations across rounding boundaries: parity may refuse the engine. No search turns it on.
+    at most. `queries`: rows of a task of prompt attention. `attention_integers`: 1 lets it multiply 16-bit integers
+    where the CPU has VNNI: faster for long prompts, but a prompt then rounds otherwise than single tokens do, which
+    moves 8-bit activations across rounding boundaries: parity may refuse the engine. No search turns it on.
     Raises InputError when a value is out of range.
     """
 
