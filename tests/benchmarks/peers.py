@@ -63,9 +63,8 @@ class Models:
         recipe = "int4-rtn" if bits == 4 else "int8-weight"
         out = self.work / f"enginesmith-tvm-{recipe}"
         command = build_ours(self.checkpoint, out, recipe=recipe, target="tvm")
-        # The peers' own files hold one copy of a tied embedding; so does this one.
         command += ["--max-seq-len", MAX_SEQ_LEN, "--max-batch", "8"]
-        return built([*command, "--embedding", "int4"] if bits == 4 else command, out)
+        return built(command, out)
 
     def gguf(self, bits: int) -> Path:
         kind = "Q4_0" if bits == 4 else "Q8_0"
