@@ -12,11 +12,11 @@ from exporter.core.errors import ArtifactError
 from exporter.core.strict_json import parse_json
 from targets.tvm.file_names import INDEX
 from targets.tvm.isa import PROFILES
+from targets.tvm.kernels.cache_format import KINDS
 
 FORMAT = 1
 AGAIN = "build the engine again with this version of enginesmith"
 TENSOR_TYPES = ("float32", "float16", "uint16", "uint8", "int32")
-CACHE_KINDS = ("fp32", "fp16", "int8")
 ALIGNMENT = 64
 LARGEST = 2**31 - 1
 """Sizes are below this: token numbers and the like are int32."""
@@ -115,7 +115,7 @@ def _index(fields: Any) -> EngineIndex:
         layer_functions=_names(fields["layer_functions"], "layer_functions"),
         head=_names(fields["head"], "head"),
     )
-    if index.cache_kind not in CACHE_KINDS:
+    if index.cache_kind not in KINDS:
         raise ValueError(f"unknown cache {index.cache_kind!r}")
     if index.chunk > LONGEST_STEP:
         raise ValueError(f"chunk is {index.chunk}")

@@ -5,20 +5,13 @@ from typing import TYPE_CHECKING
 
 from exporter.core.config import ModelConfig
 from targets.base import Limits
+from targets.tvm.engine_files import FORMAT
 from targets.tvm.isa import Isa
+from targets.tvm.kernels.cache_format import BLOCK, value_width
 from targets.tvm.weight_file import WeightPlan
 
 if TYPE_CHECKING:
     from targets.tvm.lower.program import LoweredModel, LoweredSlice
-
-FORMAT = 1
-CACHE_BLOCK = 32
-"""Positions of cached keys that lie together; a row's capacity is a multiple of it."""
-
-
-def value_width(head_dim: int, isa: Isa) -> int:
-    """head_dim rounded up to whole vectors: cached values are padded with zeros."""
-    return -(-head_dim // isa.lanes) * isa.lanes
 
 
 def engine_index(
@@ -42,7 +35,7 @@ def engine_index(
         "max_batch": limits.max_batch,
         "max_seq_len": limits.max_seq_len,
         "chunk": chunk,
-        "cache": {"kind": kv_cache, "block": CACHE_BLOCK, "value_width": value_width(config.head_dim, isa)},
+        "cache": {"kind": kv_cache, "block": BLOCK, "value_width": value_width(isa, config.head_dim)},
         "tensors": {name: tensor.to_json() for name, tensor in plan.tensors.items()},
         "embedding": names(model.embedding),
         "layers": [names(layer) for layer in model.layers],

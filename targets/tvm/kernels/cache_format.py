@@ -41,9 +41,9 @@ def cache_kind(name: str) -> CacheKind:
     return KINDS[name]
 
 
-def rounded_capacity(positions: int) -> int:
+def rounded_capacity(positions: int, block: int = BLOCK) -> int:
     """S for a context of so many positions."""
-    return -(-positions // BLOCK) * BLOCK
+    return -(-positions // block) * block
 
 
 def value_width(isa: Isa, head_dim: int) -> int:
@@ -52,11 +52,12 @@ def value_width(isa: Isa, head_dim: int) -> int:
 
 
 def cache_shapes(
-    isa: Isa, kind: str, rows: int, kv_heads: int, positions: int, head_dim: int
+    kind: str, rows: int, kv_heads: int, positions: int, head_dim: int, width: int, block: int = BLOCK
 ) -> tuple[tuple[tuple[int, ...], str], ...]:
-    """(shape, dtype) of key, value and, where the kind has them, key_scale and value_scale of one layer."""
-    described, capacity = cache_kind(kind), rounded_capacity(positions)
-    key = (rows, kv_heads, capacity // BLOCK, head_dim, BLOCK)
-    value = (rows, kv_heads, capacity, value_width(isa, head_dim))
+    """(shape, dtype) of key, value and, where the kind has them, key_scale and value_scale of one layer; `width` is
+    `value_width`."""
+    described, capacity = cache_kind(kind), rounded_capacity(positions, block)
+    key = (rows, kv_heads, capacity // block, head_dim, block)
+    value = (rows, kv_heads, capacity, width)
     scales = (((rows, kv_heads, capacity), "float32"),) * 2 if described.scaled else ()
     return ((key, described.dtype), (value, described.dtype), *scales)

@@ -1,11 +1,9 @@
 """The tensors that VM functions take besides weights: a step's tokens and segments, the stream, the cache."""
 
 from exporter.core.config import ModelConfig
-from targets.tvm.engine_index import CACHE_BLOCK, value_width
 from targets.tvm.isa import Isa
+from targets.tvm.kernels.cache_format import BLOCK, cache_kind, value_width
 from targets.tvm.lower.program import Tensor
-
-CACHE_TYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 
 IDS = Tensor("ids", "int32", ("T",))
 POSITIONS = Tensor("positions", "int32", ("T",))
@@ -25,10 +23,10 @@ def logits(config: ModelConfig) -> Tensor:
 
 def cache_tensors(config: ModelConfig, kind: str, isa: Isa) -> tuple[Tensor, ...]:
     """key, value and, for int8, key_scale and value_scale of one layer."""
-    heads, width, dtype = config.num_kv_heads, config.head_dim, CACHE_TYPES[kind]
-    key = Tensor("key", dtype, ("B", heads, "C", width, CACHE_BLOCK))
-    value = Tensor("value", dtype, ("B", heads, "S", value_width(width, isa)))
-    if kind != "int8":
+    heads, width, stored = config.num_kv_heads, config.head_dim, cache_kind(kind)
+    key = Tensor("key", stored.dtype, ("B", heads, "C", width, BLOCK))
+    value = Tensor("value", stored.dtype, ("B", heads, "S", value_width(isa, width)))
+    if not stored.scaled:
         return key, value
     scales = (Tensor(f"{name}_scale", "float32", ("B", heads, "S")) for name in ("key", "value"))
     return key, value, *scales

@@ -20,7 +20,7 @@ class Cache:
     @classmethod
     def empty(cls, isa: Isa, kind: str, rows: int, kv_heads: int, positions: int, head_dim: int) -> "Cache":
         """All zeros, as an engine starts."""
-        shapes = cache_shapes(isa, kind, rows, kv_heads, positions, head_dim)
+        shapes = cache_shapes(kind, rows, kv_heads, positions, head_dim, value_width(isa, head_dim))
         return cls(kind, head_dim, [aligned(np.zeros(shape, dtype)) for shape, dtype in shapes])
 
     @classmethod
