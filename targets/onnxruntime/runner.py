@@ -1,16 +1,15 @@
 """Running an engine: one KV cache allocated once, bound as past and present alike, no copies per step."""
 
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from exporter.core.config import ModelConfig
 from exporter.core.errors import InputError
 from targets.base import Limits, RunOptions
+from targets.cached_rows import CachedRows
 from targets.onnxruntime.session import open_session
-from targets.run_checks import check_decode, check_options, check_step, check_truncate
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -20,16 +19,15 @@ CHUNK = 256
 Rows = tuple[int, int]  # first and behind last
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(CachedRows):
     """targets.base.Runner over one InferenceSession.
 
     The cache has one position more than the limit: a resting row computes there while others decode.
     """
 
     def __init__(self, model: Path, config: ModelConfig, limits: Limits, options: RunOptions) -> None:
-        check_options(limits, options)
-        self._config, self._batch = config, options.batch
-        self._limit = options.max_seq_len or limits.max_seq_len
+        super().__init__(config.vocab_size, limits, options)
+        self._config = config
         self._hidden_names = (
             [f"layers.{i}.hidden" for i in range(config.num_layers + 1)] if options.hidden_states else []
         )
@@ -42,16 +40,6 @@ class OnnxRuntimeRunner:
         }
         self._logits = np.zeros((self._batch, 1, config.vocab_size), np.float32)
         self._bindings: dict[Rows, ort.IOBinding] = {}
-        self.lengths = np.zeros(self._batch, np.int64)
-        self.hidden: list[np.ndarray] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the session and the cache; the runner cannot be used afterwards."""
@@ -59,36 +47,11 @@ class OnnxRuntimeRunner:
         self._cache.clear()
         self._session = None
 
-    def prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Start all rows anew: ids [B, S] right-padded, valid lengths [B] -> logits [B, V] of each last position."""
-        ids, valid = self._checked(input_ids, lengths, np.zeros(self._batch, np.int64))
-        self.lengths[:] = 0
-        return self._append(ids, valid)
-
-    def extend(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Continue rows with [B, S] more ids, `lengths` [B] of them valid -> logits [B, V]."""
-        ids, valid = self._checked(input_ids, lengths, self.lengths)
-        return self._append(ids, valid)
-
-    def decode(self, input_ids: np.ndarray, active: np.ndarray) -> np.ndarray:
-        """One more token [B] for each row where `active` [B] -> logits [B, V]."""
-        ids, flags = check_decode(input_ids, active, self._batch)
-        ids, valid = self._checked(ids.reshape(-1, 1), flags.astype(np.int64), self.lengths)
-        self._begin_hidden(ids)
-        return self._decode(ids, valid)
-
-    def truncate(self, row: int, length: int) -> None:
-        """Keep only the first `length` cached positions of a row."""
-        check_truncate(row, length, self.lengths)
-        self.lengths[row] = length
-
-    def reset(self) -> None:
-        """Forget every row."""
-        self.lengths[:] = 0
-
     def _append(self, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Rows of one token take one step together, a fresh short batch too; the rest goes row by row in chunks,
         for GroupQueryAttention continues several tokens only in batches of one."""
+        if self._session is None:
+            raise InputError("run.closed", "the engine is closed", "open it again")
         self._begin_hidden(ids)
         width = int(valid.max(initial=0))
         if width == 1:
@@ -125,8 +88,7 @@ class OnnxRuntimeRunner:
 
     def _run(self, rows: Rows, ids: np.ndarray, mask: np.ndarray, column: int) -> None:
         """One call of the engine for some rows; logits land in their place, hidden states from `column` on."""
-        if self._session is None:
-            raise InputError("run.closed", "the engine is closed", "open it again")
+        assert self._session is not None
         binding = self._binding(rows)
         ids, mask = np.ascontiguousarray(ids), np.ascontiguousarray(mask)
         for name, array in (("input_ids", ids), ("attention_mask", mask)):
@@ -155,6 +117,3 @@ class OnnxRuntimeRunner:
     def _begin_hidden(self, ids: np.ndarray) -> None:
         shape = (*ids.shape, self._config.hidden_size)
         self.hidden = [np.zeros(shape, np.float32) for _ in self._hidden_names]
-
-    def _checked(self, input_ids: np.ndarray, lengths: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return check_step(input_ids, lengths, before, self._limit, self._config.vocab_size)

@@ -1,8 +1,7 @@
 """Running an engine: rows of any length become one list of tokens, and a step is one call into the library."""
 
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from exporter.core.config import ModelConfig
 from exporter.core.errors import ArtifactError, InputError
 from exporter.core.machine import physical_cores
 from targets.base import Limits, RunOptions
-from targets.run_checks import check_decode, check_options, check_step, check_truncate
+from targets.cached_rows import CachedRows
 from targets.tvm.cache import allocate_caches
 from targets.tvm.engine_files import EngineIndex, check_profile, read_index
 from targets.tvm.file_names import INDEX, LIBRARY, WEIGHTS
@@ -19,59 +18,22 @@ from targets.tvm.step_buffers import RowPart, StepBuffers, cut_into_steps
 from targets.tvm.weights import read_weights
 
 
-class TvmRunner:
+class TvmRunner(CachedRows):
     """targets.base.Runner over the functions of an engine.so. Tokens of all active rows are computed together."""
 
     def __init__(self, engine_dir: Path, config: ModelConfig, limits: Limits, options: RunOptions) -> None:
-        check_options(limits, options)
+        super().__init__(config.vocab_size, limits, options)
         index = read_index(engine_dir)
         check_profile(index.profile)
         _check_config(index, config)
-        self._index, self._batch = index, options.batch
-        self._limit = options.max_seq_len or limits.max_seq_len
+        self._index = index
         self._threads = options.threads or physical_cores()
         self._keep_hidden = options.hidden_states
         self._step: _Step | None = _Step(engine_dir, index, options.batch, self._limit, self._threads)
-        self.lengths = np.zeros(self._batch, np.int64)
-        self.hidden: list[np.ndarray] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free weights, cache and library; the runner cannot be used afterwards."""
         self._step = None
-
-    def prefill(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Start all rows anew: ids [B, S] right-padded, valid lengths [B] -> logits [B, V] of each last position."""
-        ids, valid = self._checked(input_ids, lengths, np.zeros(self._batch, np.int64))
-        self.lengths[:] = 0
-        return self._append(ids, valid)
-
-    def extend(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Continue rows with [B, S] more ids, `lengths` [B] of them valid -> logits [B, V]."""
-        ids, valid = self._checked(input_ids, lengths, self.lengths)
-        return self._append(ids, valid)
-
-    def decode(self, input_ids: np.ndarray, active: np.ndarray) -> np.ndarray:
-        """One more token [B] for each row where `active` [B] -> logits [B, V]."""
-        ids, flags = check_decode(input_ids, active, self._batch)
-        ids, valid = self._checked(ids.reshape(-1, 1), flags.astype(np.int64), self.lengths)
-        return self._append(ids, valid)
-
-    def truncate(self, row: int, length: int) -> None:
-        """Keep only the first `length` cached positions of a row."""
-        check_truncate(row, length, self.lengths)
-        self.lengths[row] = length
-
-    def reset(self) -> None:
-        """Forget every row."""
-        self.lengths[:] = 0
 
     def _append(self, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
         if self._step is None:
@@ -103,9 +65,6 @@ class TvmRunner:
                 column = part.past - int(before[part.row])
                 whole[part.row, column : column + len(part.ids)] = state[first : first + len(part.ids)]
                 first += len(part.ids)
-
-    def _checked(self, input_ids: np.ndarray, lengths: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return check_step(input_ids, lengths, before, self._limit, self._index.vocab_size)
 
 
 class _Step:
