@@ -1,6 +1,6 @@
 """What every target offers: probe, supports, build, runner. docs/targets.md describes the contract."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +21,11 @@ from exporter.core.weights import QuantizedRows
 
 RowReader = Callable[[CheckpointWeight, int, int], "np.ndarray | QuantizedRows"]
 
-ActivationRounding = Literal["group", "shared-exponent"]
-"""How activations become int8 before an integer matrix: a scale max|x| / 127 for each of its groups, or for each row,
-times a power of two for each group. exporter.parity.activations computes both."""
+ActivationRounding = Literal["group", "shared-exponent", "token", "tensor", "fp8-token", "fp8-tensor"]
+"""How an engine rounds what a matrix multiplies; exporter.parity.activations computes each. To int8: a scale
+max|x| / 127 for each of its groups; one for each row, times a power of two for each group (`shared-exponent`); one for
+each row (`token`); one from calibration (`tensor`). To E4M3: a scale max|x| / 448 for each row, or one from
+calibration."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,10 @@ class Limits:
 @dataclass(frozen=True)
 class BuildSource:
     """Everything a target builds from. `rows(weight, start, stop)` yields rows at the weight's precision:
-    float32, bfloat16 or float16 arrays, or QuantizedRows; call it in ascending chunks and keep none."""
+    float32, bfloat16 or float16 arrays, or QuantizedRows; call it in ascending chunks and keep none.
+
+    `kv_scales` are the scales of keys and values of each layer, from calibration: an fp8 cache has them, an int8 one
+    where they were measured. `checkpoint` is the transformed one where the recipe has transforms."""
 
     config: ModelConfig
     recipe: Recipe
@@ -46,6 +51,7 @@ class BuildSource:
     rows: RowReader
     limits: Limits
     device: DeviceOptions = THIS_MACHINE
+    kv_scales: Mapping[int, tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)
