@@ -106,7 +106,7 @@ class Precision:
         return width % self.group_of(width) == 0
 
     def describe(self) -> str:
-        """Short form for people and manifests: `int4/g32`, `int4/g32/asym`, `int8/channel+int8/token`, `nvfp4`, `fp32`."""
+        """Short form for people and manifests: `int4/g32/asym`, `int8/channel+int8/token`, `nvfp4`, `fp32`."""
         if not self.is_coded:
             return self.kind
         group = "" if self.kind in FIXED_GROUPS else f"/{_group_name(self.group_size or 0, 'g')}"
