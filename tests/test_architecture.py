@@ -43,7 +43,19 @@ HEAVY = (
     "tensorrt",
     "modelopt",
 )
-HEAVY_AT_TOP = ("exporter.trace", "exporter.passes", "exporter.parity", "targets.tvm.kernels", "targets.tvm.lower")
+HEAVY_AT_TOP = (
+    "exporter.trace",
+    "exporter.passes",
+    "exporter.parity",
+    "calibration.accumulate",
+    "calibration.algorithms",
+    "calibration.decoder",
+    "calibration.layer_halves",
+    "calibration.layer_run",
+    "calibration.head_run",
+    "targets.tvm.kernels",
+    "targets.tvm.lower",
+)
 
 
 @dataclass(frozen=True)
