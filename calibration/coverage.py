@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from exporter.core.config import ModelConfig
 from exporter.core.errors import BudgetError
-from exporter.core.recipe import Precision, Recipe
+from exporter.core.recipe import GROUP_SIZES, Precision, Recipe
 
 SOURCE = Precision("fp32")
 CodeBits = Callable[[Precision], int]
@@ -71,7 +71,15 @@ class Coverage:
 
 def actual_precision(requested: Precision, width: int) -> Precision:
     """What a matrix with rows of `width` weights is stored in: fp32 where groups do not divide the width."""
-    return SOURCE if requested.group_size is not None and width % requested.group_size else requested
+    return requested if requested.divides(width) else SOURCE
+
+
+def kernel_group(precision: Precision, width: int) -> int:
+    """The group that kernels of CPU targets take for rows of `width`: the precision's own, or for a row of one scale
+    the largest that divides it (the scale is repeated); 0 where none does."""
+    if precision.group_size in GROUP_SIZES:
+        return precision.group_of(width)
+    return max((group for group in GROUP_SIZES if width % group == 0), default=0)
 
 
 def coverage(config: ModelConfig, recipe: Recipe, scale_bits: int = 32, code_bits: CodeBits = plain_bits) -> Coverage:

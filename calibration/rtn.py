@@ -17,7 +17,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from exporter.core.recipe import Precision
+from calibration.coded_floats import magnitude as magnitude
+from calibration.coded_floats import quantize_coded_floats
+from calibration.coded_floats import wants_tensor_amax as wants_tensor_amax
+from calibration.half_scales import as_half
+from exporter.core.recipe import CHANNEL, Precision
 from exporter.core.weights import QuantizedRows
 
 # Large enough that two threads seldom wait for the interpreter lock, small enough for the shared cache.
@@ -35,28 +39,31 @@ SYMMETRIC_STEPS_OF_6_BITS = (31.0, 31.5, 32.0)
 # How many codes the range of a group spans, 15 being plain. Within 1.2 % of a search over 48 steps x 16 zero points.
 ASYMMETRIC_STEPS = (15.0, 14.4, 15.7, 16.4)
 FLOAT32_MAX = np.finfo(np.float32).max
-# Scales in this range are float16 values. Below 2^-14 float16 loses digits; at 2^-17 a scale still errs by less than
-# 1/256, so that the largest of 127 steps stays in reach. What is smaller or larger stays float32.
-HALF_MIN, HALF_MAX = np.float32(2.0**-17), np.float32(65504)
 
 # (groups [n, g] as stored, float32 workspace [3, n, g]) -> codes as float32 [n, g] (a part of the workspace),
 # scales float32 [n, 1], zero points float32 [n, 1] or None
 _Quantizer = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray | None]]
 
 
-def quantize_rows(values: np.ndarray, precision: Precision) -> QuantizedRows:
-    """Quantize finite rows [n, K] (float32, bfloat16 or float16); the group size divides K.
+def quantize_rows(values: np.ndarray, precision: Precision, tensor_amax: float | None = None) -> QuantizedRows:
+    """Quantize finite rows [n, K] (float32, bfloat16 or float16) to any coded precision; whole groups fill a row.
 
     int4 and int6 scales minimise the squared error. int8 ones are plain: a search would take 2 % off an error that is
-    300 times smaller than that of int4 already.
+    300 times smaller than that of int4 already. `tensor_amax`, max|w| of the whole matrix, is what fp8 with one scale
+    and nvfp4 start from (`wants_tensor_amax`); without it `values` are the whole matrix.
     """
+    if not precision.is_integer:
+        return quantize_coded_floats(values, precision, tensor_amax)
     if precision.bits == 8:
         return absmax_rows(values, precision)
     return _by_blocks(values, precision, _symmetric_search(precision) if precision.symmetric else _search_asymmetric)
 
 
-def absmax_rows(values: np.ndarray, precision: Precision) -> QuantizedRows:
-    """Plain rounding, as a baseline and for int8: scale = amax / 7, 31 or 127; with zero points range / 15 or 255."""
+def absmax_rows(values: np.ndarray, precision: Precision, tensor_amax: float | None = None) -> QuantizedRows:
+    """Plain rounding, as a baseline and for int8: scale = amax / 7, 31 or 127; with zero points range / 15 or 255.
+    Floats: the scales that calibration.coded_floats starts from."""
+    if not precision.is_integer:
+        return quantize_coded_floats(values, precision, tensor_amax, search=False)
     top = 2.0 ** (precision.bits - 1) - 1 if precision.symmetric else 2.0**precision.bits - 1
 
     def plain(groups: np.ndarray, work: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -67,8 +74,8 @@ def absmax_rows(values: np.ndarray, precision: Precision) -> QuantizedRows:
 
 def _by_blocks(values: np.ndarray, precision: Precision, quantize: _Quantizer) -> QuantizedRows:
     rows, width = values.shape
-    size = precision.group_size
-    assert size is not None and width % size == 0, f"groups of {size} in rows of {width}"
+    size = precision.group_of(width)
+    assert width % size == 0, f"groups of {size} in rows of {width}"
     groups = np.ascontiguousarray(values).reshape(-1, size)
     codes = np.empty(groups.shape, np.int8 if precision.symmetric else np.uint8)
     scales = np.empty((len(groups), 1), np.float32)
@@ -95,7 +102,7 @@ def _symmetric_search(precision: Precision) -> _Quantizer:
     half = 2.0 ** (precision.bits - 1)
     steps: tuple[float, ...] = SYMMETRIC_STEPS_OF_6_BITS
     if precision.bits == 4:
-        large = (precision.group_size or 0) >= LARGE_GROUP
+        large = precision.group_size == CHANNEL or (precision.group_size or 0) >= LARGE_GROUP
         steps = SYMMETRIC_STEPS_OF_LARGE_GROUPS if large else SYMMETRIC_STEPS
     return lambda groups, work: _search_symmetric(groups, work, half, steps)
 
@@ -203,9 +210,10 @@ def _range(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _reduce_groups(operation: np.ufunc, groups: np.ndarray) -> np.ndarray:
     """[n, g] -> [n, 1] by halving; NumPy's own reduce along a short last axis takes twice as long."""
-    while groups.shape[1] > 1:
+    while groups.shape[1] % 2 == 0:
         groups = operation(groups[:, ::2], groups[:, 1::2])
-    return groups
+    result: np.ndarray = operation.reduce(groups, axis=1, keepdims=True)
+    return result
 
 
 def _nonzero(divisor: np.ndarray | np.float32) -> np.ndarray:
@@ -219,6 +227,4 @@ def _stored(scale: np.ndarray | np.float32, unit: np.ndarray, top: np.ndarray | 
     """
     limit = np.nextafter(FLOAT32_MAX / np.float32(top), np.float32(0))
     exact = np.where(unit == 0, np.float32(1), np.clip(scale * unit, -limit, limit))
-    size = np.abs(exact)
-    half = np.clip(exact, -HALF_MAX, HALF_MAX).astype(np.float16).astype(np.float32)
-    return np.where((size >= HALF_MIN) & (size <= HALF_MAX), half, exact)
+    return as_half(exact)

@@ -30,9 +30,12 @@ class CheckpointWeight:
 
     Graph inputs that feed from it, for the weight `w` [N, K]:
     fp32: `w` float [N, K]; bf16, fp16: `w` in that type, followed by a Cast to float;
-    integer: `w.codes` (INT4, UINT4, INT8 or UINT8 [N, K]), `w.scales` float [N, K / group] and, if
-    asymmetric, `w.zero_points` (type of the codes, [N, K / group]), joined by DequantizeLinear(axis 1).
-    ONNX has no type of 6 bits: codes of int6, -32..31, are INT8.
+    coded: `w.codes` [N, K], `w.scales` float [N, G], G = groups of a row, and, for asymmetric integers,
+    `w.zero_points` (type of the codes, [N, G]).
+    Integers (INT4, UINT4, INT8 or UINT8 codes; ONNX has no type of 6 bits: int6, -32..31, is INT8) and fp8
+    (FLOAT8E4M3FN) are joined by DequantizeLinear(axis 1, block_size K / G). nf4, nvfp4 and mxfp4 (UINT4 codes) are
+    looked up in a table of 16 floats and multiplied: `exporter.core.table_weight`. What a recipe asks of the matrix's
+    input stands between that input and MatMul: `exporter.core.rounded_input`.
     """
 
     sources: tuple[str, ...]
@@ -55,7 +58,18 @@ class RotaryTable:
         return (table * np.float32(self.scale)).astype(np.float32)
 
 
-Weight = CheckpointWeight | RotaryTable
+@dataclass(frozen=True)
+class ScaleValue:
+    """The calibrated scale of a matrix's input: graph input `w.input_scale`, float [1]."""
+
+    value: float
+
+    def values(self) -> np.ndarray:
+        """float32 [1]."""
+        return np.array([self.value], np.float32)
+
+
+Weight = CheckpointWeight | RotaryTable | ScaleValue
 
 
 @dataclass

@@ -11,6 +11,8 @@ from exporter.core.canonical import (
     OPSET,
     CanonicalModel,
     CheckpointWeight,
+    RotaryTable,
+    ScaleValue,
     Slice,
     Weight,
 )
@@ -166,7 +168,9 @@ def _weight_faults(piece: Slice, config: ModelConfig) -> list[str]:
 
 def _feeds(name: str, weight: Weight, shapes: Shapes) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of each graph input that a weight feeds."""
-    if not isinstance(weight, CheckpointWeight):
+    if isinstance(weight, ScaleValue):
+        return {name: ("FLOAT", (1,))}
+    if isinstance(weight, RotaryTable):
         return {name: ("FLOAT", (weight.length, len(weight.inverse_frequencies)))}
     shape = _stacked_shape(weight, shapes)
     precision: Precision = weight.precision

@@ -7,6 +7,7 @@ import numpy as np
 
 from exporter.core.canonical import CheckpointWeight
 from exporter.core.checkpoint import Checkpoint
+from exporter.core.number_formats import decode_table
 from exporter.core.recipe import Precision
 
 CHUNK_ELEMENTS = 1 << 22
@@ -16,10 +17,13 @@ FP16_SIGN_AND_MAGNITUDE = -0x70000001  # 0x8FFFFFFF: drops the copies of the sig
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """Rows [n, K] as integer codes, one code a byte.
+    """Rows [n, K] as codes, one a byte.
 
-    codes: int8 if symmetric (-32..31 for int6), uint8 if not, [n, K]; scales: float32 [n, K / group];
-    zero_points: uint8 [n, K / group] if asymmetric, else None. value = (code - zero_point) * scale.
+    codes [n, K]: int8 for symmetric integers (-32..31 for int6), uint8 for asymmetric ones; uint8 for fp8 (the E4M3
+    byte), nf4 (level 0..15), nvfp4 and mxfp4 (E2M1 code 0..15). scales: float32 [n, groups], G = groups of a row
+    (`Precision.groups`): what a decoded code is multiplied by, scales of scales multiplied out; one scale of a whole
+    matrix is repeated on every row. zero_points: uint8 [n, G] if asymmetric, else None.
+    value = (code - zero_point) * scale, or decode_table(kind)[code] * scale.
     """
 
     codes: np.ndarray
@@ -30,11 +34,18 @@ class QuantizedRows:
     def dequantize(self) -> np.ndarray:
         """float32 [n, K]."""
         rows, width = self.codes.shape
-        codes = self.codes.reshape(rows, self.scales.shape[1], -1).astype(np.float32)
+        codes = self._decoded().reshape(rows, self.scales.shape[1], -1)
         if self.zero_points is not None:
             codes -= self.zero_points[:, :, None].astype(np.float32)
         codes *= self.scales[:, :, None]
         return codes.reshape(rows, width)
+
+    def _decoded(self) -> np.ndarray:
+        """What the codes stand for before scales: float32 [n, K], a copy."""
+        if self.precision.is_integer:
+            return self.codes.astype(np.float32)
+        decoded: np.ndarray = decode_table(self.precision.kind)[self.codes]
+        return decoded
 
 
 def weight_shape(checkpoint: Checkpoint, weight: CheckpointWeight) -> tuple[int, ...]:

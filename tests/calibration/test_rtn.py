@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from calibration import rtn
+from calibration import half_scales, rtn
 from calibration.rtn import absmax_rows, quantize_rows
 from exporter.core.recipe import GROUP_SIZES, Precision
 
@@ -200,7 +200,7 @@ def test_scales_are_float16_values_and_codes_fit_them(precision: str, symmetric:
     asked = Precision(precision, 32, symmetric)
     values = weights("gauss") / np.float32(0.02) * np.float32(size)
     rows = quantize_rows(values, asked)
-    inside = (np.abs(rows.scales) >= rtn.HALF_MIN) & (np.abs(rows.scales) <= rtn.HALF_MAX)
+    inside = (np.abs(rows.scales) >= half_scales.HALF_MIN) & (np.abs(rows.scales) <= half_scales.HALF_MAX)
     assert inside.any() == (size not in (1e-9, 1e8))
     kept = rows.scales[inside]
     np.testing.assert_array_equal(kept.astype(np.float16).astype(np.float32), kept)
