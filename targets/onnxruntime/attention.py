@@ -12,19 +12,27 @@ from targets.onnxruntime.engine_graph import MICROSOFT
 from targets.onnxruntime.lowering import SliceLowering, constant_integers
 
 HEADS_FIRST = (0, 2, 1, 3)
-# GroupQueryAttention's rotary kernel: "head_size shall be a multiple of 16".
-HEAD_DIM_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class CacheInputs:
     """The engine's inputs of attention: past keys and values of a layer, seqlens_k int32 [B] (positions after this
-    step, less one) and total_sequence_length int32 (the batch's longest row after this step)."""
+    step, less one) and total_sequence_length int32 (the batch's longest row after this step).
+
+    `scales`, float [1] each, are those of an int8 cache's keys and values."""
 
     past_key: ir.Value
     past_value: ir.Value
     seqlens_k: ir.Value
     total_sequence_length: ir.Value
+    scales: tuple[ir.Value, ir.Value] | None = None
+
+    @property
+    def quantization(self) -> dict[str, int | str]:
+        """Attributes of GroupQueryAttention that say how the cache is stored."""
+        if self.scales is None:
+            return {}
+        return {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
 
 
 @dataclass(frozen=True)
@@ -180,6 +188,7 @@ def emit_attention(low: SliceLowering, group: AttentionGroup, cache: CacheInputs
         [
             low.tensor(group.packed), None, None,
             cache.past_key, cache.past_value, cache.seqlens_k, cache.total_sequence_length, *tables,
+            *([None, None, None, *cache.scales] if cache.scales else []),
         ],
         name,
         domain=MICROSOFT,
@@ -191,6 +200,7 @@ def emit_attention(low: SliceLowering, group: AttentionGroup, cache: CacheInputs
             "do_rotary": 1,
             "rotary_interleaved": group.interleaved,
             **({} if group.causal else {"causal": 0}),
+            **cache.quantization,
         },
     )  # fmt: skip
     low.values[group.output] = attended

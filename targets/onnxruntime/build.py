@@ -10,14 +10,16 @@ from exporter.core.progress import Progress
 from targets.base import BuildResult, BuildSource
 from targets.onnxruntime.file_names import DATA, GENAI, MODEL
 from targets.onnxruntime.genai_config import genai_config
+from targets.onnxruntime.kv_cache import KvCache, kv_cache
 from targets.onnxruntime.lower import lower
 from targets.onnxruntime.weight_file import WeightFile
 
 
 def build_engine(source: BuildSource, out_dir: Path, progress: Progress, versions: dict[str, str]) -> BuildResult:
     """Write model.onnx, model.onnx.data and genai_config.json; the same source gives the same bytes."""
+    cache = kv_cache(source)
     with WeightFile(out_dir / DATA, source.checkpoint, source.rows) as weights:
-        model = lower(source.model, source.config, weights, progress)
+        model = lower(source.model, source.config, cache, weights, progress)
     serialized = ir.to_proto(model).SerializeToString(deterministic=True)
     config = genai_config(source.config, source.limits, MODEL)
     with output_errors(out_dir / MODEL):
@@ -27,27 +29,27 @@ def build_engine(source: BuildSource, out_dir: Path, progress: Progress, version
     return BuildResult(
         files=[MODEL, DATA, GENAI],
         toolchain=versions,
-        signature=signature(source.config),
+        signature=signature(source.config, cache),
         weights_bytes=weights.weights_bytes,
     )
 
 
-def signature(config: ModelConfig) -> dict[str, dict[str, dict[str, object]]]:
+def signature(config: ModelConfig, cache: KvCache) -> dict[str, dict[str, dict[str, object]]]:
     """Names, types and shapes of the engine's inputs and outputs; letters stand for what a run chooses."""
 
     def tensor(dtype: str, *shape: int | str) -> dict[str, object]:
         return {"dtype": dtype, "shape": list(shape)}
 
-    cache = tensor("float32", "batch", config.num_kv_heads, "cache", config.head_dim)
+    stored = tensor(cache.type_name, "batch", config.num_kv_heads, "cache", config.head_dim)
     layers = [f"{index}.{which}" for index in range(config.num_layers) for which in ("key", "value")]
     return {
         "inputs": {
             "input_ids": tensor("int64", "batch", "sequence"),
             "attention_mask": tensor("int64", "batch", "total_sequence"),
-            **{f"past_key_values.{name}": cache for name in layers},
+            **{f"past_key_values.{name}": stored for name in layers},
         },
         "outputs": {
             "logits": tensor("float32", "batch", 1, config.vocab_size),
-            **{f"present.{name}": cache for name in layers},
+            **{f"present.{name}": stored for name in layers},
         },
     }

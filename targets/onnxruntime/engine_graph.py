@@ -1,7 +1,8 @@
 """The engine's graph under construction: named nodes and weights that lie in the external data file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"
@@ -62,6 +63,12 @@ class EngineGraph:
             tensor = ir.tensor(values if isinstance(values, int) else list(values), dtype=dtype, name=name)
             self._constants[key] = self.initializer(tensor)
         return self._constants[key]
+
+    def float_constant(self, values: Iterable[float]) -> ir.Value:
+        """A small float32 vector inside the model file; equal ones are shared."""
+        numbers = np.array(list(values), np.float32)
+        name = f"constant.float.{'_'.join(f'{number:.9g}' for number in numbers)}"
+        return self.initializer(ir.tensor(numbers, name=name))
 
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         """A weight by its name: the same value if it was added before."""

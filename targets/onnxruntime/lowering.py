@@ -4,8 +4,10 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
-from exporter.core.canonical import CheckpointWeight, RotaryTable, Slice
+from exporter.core.canonical import CheckpointWeight, RotaryTable, ScaleValue, Slice, Weight
 from exporter.core.errors import UnsupportedError
+from exporter.core.rounded_input import RoundedInput, match_rounded_input
+from exporter.core.table_weight import TABLES, TableWeight, match_table_weight
 from targets.onnxruntime.engine_graph import EngineGraph
 from targets.onnxruntime.weight_file import WeightFile
 
@@ -14,12 +16,12 @@ from targets.onnxruntime.weight_file import WeightFile
 class Matrix:
     """A weight that no operator has used yet: where it comes from and whether a Transpose stood behind it.
 
-    `part` is set for the codes, scales and zero points of an integer weight until DequantizeLinear joins them;
-    `cast` says that a half-precision weight still awaits its Cast to float; `rows` (first, behind last) chooses some.
+    `part` is set for the codes, scales and zero points of a coded weight until they are joined; `cast` says that a
+    half-precision weight still awaits its Cast to float; `rows` (first, behind last) chooses some.
     """
 
     name: str
-    weight: CheckpointWeight | RotaryTable
+    weight: Weight
     part: str = ""
     cast: bool = False
     transposed: bool = False
@@ -35,7 +37,14 @@ class Sum:
     name: str
 
 
-Lowered = ir.Value | Matrix | Sum
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded input of a matrix, whose nodes are written only for a product that does not round by itself."""
+
+    group: RoundedInput
+
+
+Lowered = ir.Value | Matrix | Sum | Rounded
 
 
 @dataclass
@@ -55,6 +64,8 @@ class SliceLowering:
         for value in self.slice.structure.graph.inputs:
             if (matrix := self._weight_input(str(value.name))) is not None:
                 self.values[value] = matrix
+        for node in self.slice.structure.graph:
+            self._find_group(node)
 
     def bind(self, feeds: dict[str, Lowered]) -> None:
         """Say what the slice's activations are in the engine."""
@@ -63,10 +74,14 @@ class SliceLowering:
                 self.values[value] = feeds[value.name]
 
     def tensor(self, value: ir.Value) -> ir.Value:
-        """The engine's value for a canonical one; writes pending sums, small constants and vectors."""
+        """The engine's value for a canonical one; writes pending sums and roundings, small constants and vectors."""
         if value not in self.values and value.const_value is not None:
-            return self.graph.constant(constant_integers(value))
+            return self._constant(value.const_value)
         lowered = self.values[value]
+        if isinstance(lowered, Rounded):
+            for node in lowered.group.nodes:
+                self.copy(node)
+            return self.tensor(value)
         if isinstance(lowered, Sum):
             lowered = self.graph.op("Add", [lowered.left, lowered.right], f"{lowered.name}.add", outputs=[lowered.name])
         elif isinstance(lowered, Matrix):
@@ -79,6 +94,8 @@ class SliceLowering:
         if matrix.part or matrix.transposed or matrix.cast:
             raise self.refuse(f"{matrix.name} is used as it is stored")
         weight = matrix.weight
+        if isinstance(weight, ScaleValue):
+            return self.graph.initializer(ir.tensor(weight.values(), name=matrix.name))
         if isinstance(weight, RotaryTable):
             # One more row than positions: a resting row of a full cache points just behind the last one.
             longer = replace(weight, length=weight.length + 1)
@@ -88,12 +105,53 @@ class SliceLowering:
             return stored
         return self.graph.op("Cast", [stored], f"{matrix.name}.cast", attributes={"to": int(ir.DataType.FLOAT)})
 
+    def width(self, matrix: Matrix) -> int:
+        """Weights in a row of a matrix of the checkpoint."""
+        if not isinstance(matrix.weight, CheckpointWeight):
+            raise self.refuse(f"{matrix.name} has no rows of weights")
+        return self.weights.shape(matrix.weight)[-1]
+
+    def copy(self, node: ir.Node) -> None:
+        """Write an operator that means the same in the engine."""
+        inputs = [None if value is None else self.tensor(value) for value in node.inputs]
+        attributes = {attribute.name: attribute.value for attribute in node.attributes.values()}
+        name = f"{self.prefix}{node.op_type.lower()}"
+        self.graph.op(node.op_type, inputs, name, outputs=len(node.outputs), attributes=attributes)
+        self.values.update(zip(node.outputs, self.graph.last_node.outputs, strict=True))
+
     def refuse(self, why: str) -> UnsupportedError:
         return UnsupportedError(
             "onnxruntime.lowering",
             f"{self.slice.label} of the canonical model cannot be lowered to ONNX Runtime: {why}",
             "this is a fault of the canonical model, not of the checkpoint: please report it",
         )
+
+    def _find_group(self, node: ir.Node) -> None:
+        """Take together the nodes that end in this one and round an input or restore a weight from a table."""
+        value = node.outputs[0]
+        if (rounding := match_rounded_input(value)) is not None:
+            self.taken.update(rounding.nodes)
+            self.values[value] = Rounded(rounding)
+        elif (table := match_table_weight(value)) is not None:
+            self.taken.update(table.nodes)
+            self.values[value] = self._table_weight(table)
+
+    def _table_weight(self, found: TableWeight) -> Matrix:
+        codes, scales = (self.values.get(value) for value in (found.codes, found.scales))
+        if not isinstance(codes, Matrix) or not isinstance(scales, Matrix) or codes.name != scales.name:
+            raise self.refuse(f"codes {found.codes.name} are multiplied by scales {found.scales.name}")
+        precision = getattr(codes.weight, "precision", None)
+        stored = precision and (TABLES.get(precision.kind), precision.group_size)
+        if (codes.part, scales.part) != ("codes", "scales") or stored != (found.table, found.group):
+            looked_up = f"{found.table} in groups of {found.group}"
+            raise self.refuse(f"{codes.name} is looked up in {looked_up}, stored as {precision}")
+        return Matrix(codes.name, codes.weight)
+
+    def _constant(self, tensor: ir.TensorProtocol) -> ir.Value:
+        numbers = tensor.numpy().reshape(-1)
+        if tensor.dtype == ir.DataType.FLOAT:
+            return self.graph.float_constant(float(number) for number in numbers)
+        return self.graph.constant([int(number) for number in numbers])
 
     def _weight_input(self, name: str) -> Matrix | None:
         weights = self.slice.weights

@@ -7,9 +7,10 @@ from itertools import accumulate
 import onnx_ir as ir
 
 from exporter.core.canonical import CheckpointWeight
-from targets.onnxruntime import matmul
+from targets.onnxruntime import embedding, matmul
 from targets.onnxruntime.engine_graph import MICROSOFT
-from targets.onnxruntime.lowering import Matrix, SliceLowering, Sum, constant_integers
+from targets.onnxruntime.lowering import Matrix, Rounded, SliceLowering, Sum, constant_integers
+from targets.onnxruntime.stored_rows import in_blocks
 
 FLOAT = int(ir.DataType.FLOAT)
 
@@ -30,16 +31,16 @@ def _matrix(low: SliceLowering, value: ir.Value | None) -> Matrix | None:
 
 
 def _dequantize(low: SliceLowering, node: ir.Node) -> None:
-    """codes, scales (and zero points) of one weight become that weight again."""
+    """codes, scales (and zero points) of one weight become that weight again; a row of fp8 is one block."""
     parts = [_matrix(low, value) for value in node.inputs]
     names = ["codes", "scales", "zero_points"][: len(parts)]
     if any(part is None or part.part != name for part, name in zip(parts, names, strict=True)):
         raise low.refuse(f"DequantizeLinear of {[v.name if v else None for v in node.inputs]}")
     first = parts[0]
-    assert first is not None and not isinstance(first.weight, ir.Value)
+    assert first is not None
     precision = getattr(first.weight, "precision", None)
     found = (node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0), len(parts) == 2)
-    if precision is None or found != (1, precision.group_size, precision.symmetric):
+    if precision is None or found != (1, precision.group_of(low.width(first)), precision.symmetric):
         raise low.refuse(f"{first.name} is dequantized with axis, block size, symmetry {found}, stored as {precision}")
     if any(part.name != first.name for part in parts if part):
         raise low.refuse(f"{first.name} is dequantized with scales of another weight")
@@ -87,7 +88,16 @@ def _matmul(low: SliceLowering, node: ir.Node) -> None:
 
 
 def _product(low: SliceLowering, x: ir.Value, matrix: Matrix, bias: Matrix | None) -> ir.Value:
-    return matmul.matmul(low, low.tensor(x), matrix, None if bias is None else low.weight_tensor(bias))
+    return matmul.matmul(low, _multiplied(low, x, matrix), matrix, None if bias is None else low.weight_tensor(bias))
+
+
+def _multiplied(low: SliceLowering, x: ir.Value, matrix: Matrix) -> ir.Value:
+    """What a weight multiplies in the engine: MatMulNBits itself rounds to int8, in blocks, and so at least as finely
+    as the canonical graph asks; any other product takes the input as that graph rounds it."""
+    pending, precision = low.values.get(x), getattr(matrix.weight, "precision", None)
+    if isinstance(pending, Rounded) and pending.group.kind == "int8" and precision and in_blocks(precision):
+        return low.tensor(pending.group.source)
+    return low.tensor(x)
 
 
 def _following_split(low: SliceLowering, value: ir.Value) -> ir.Node | None:
@@ -174,16 +184,11 @@ def _gather(low: SliceLowering, node: ir.Node) -> None:
         return
     if node.attributes.get_int("axis", 0) != 0:
         raise low.refuse(f"Gather from {matrix.name} along another axis than its rows")
-    low.values[node.outputs[0]] = matmul.gather(low, matrix, low.tensor(indices))
+    low.values[node.outputs[0]] = embedding.gather(low, matrix, low.tensor(indices))
 
 
 def _copy(low: SliceLowering, node: ir.Node) -> None:
-    """An operator that means the same in the engine."""
-    inputs = [None if value is None else low.tensor(value) for value in node.inputs]
-    name = f"{low.prefix}{node.op_type.lower()}"
-    attributes = {attribute.name: attribute.value for attribute in node.attributes.values()}
-    low.graph.op(node.op_type, inputs, name, outputs=len(node.outputs), attributes=attributes)
-    low.values.update(zip(node.outputs, low.graph.last_node.outputs, strict=True))
+    low.copy(node)
 
 
 HANDLERS: dict[str, Callable[[SliceLowering, ir.Node], None]] = {

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Prompts run in chunks, which bounds the memory of activations; from 128 to 512 they run equally fast.
 CHUNK = 256
+CACHE_TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 Rows = tuple[int, int]  # first and behind last
 
 
@@ -32,9 +33,10 @@ class OnnxRuntimeRunner(CachedRows):
             [f"layers.{i}.hidden" for i in range(config.num_layers + 1)] if options.hidden_states else []
         )
         self._session: ort.InferenceSession | None = open_session(model, options.threads, self._hidden_names)
+        dtype = cache_type(self._session)
         shape = (self._batch, config.num_kv_heads, self._limit + 1, config.head_dim)
         self._cache = {
-            f"{index}.{which}": np.zeros(shape, np.float32)
+            f"{index}.{which}": np.zeros(shape, dtype)
             for index in range(config.num_layers)
             for which in ("key", "value")
         }
@@ -107,8 +109,8 @@ class OnnxRuntimeRunner(CachedRows):
             binding = self._session.io_binding()
             for name, array in self._cache.items():
                 part = array[slice(*rows)]
-                binding.bind_input(f"past_key_values.{name}", "cpu", 0, np.float32, part.shape, part.ctypes.data)
-                binding.bind_output(f"present.{name}", "cpu", 0, np.float32, part.shape, part.ctypes.data)
+                binding.bind_input(f"past_key_values.{name}", "cpu", 0, array.dtype.type, part.shape, part.ctypes.data)
+                binding.bind_output(f"present.{name}", "cpu", 0, array.dtype.type, part.shape, part.ctypes.data)
             logits = self._logits[slice(*rows)]
             binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
             self._bindings[rows] = binding
@@ -117,3 +119,9 @@ class OnnxRuntimeRunner(CachedRows):
     def _begin_hidden(self, ids: np.ndarray) -> None:
         shape = (*ids.shape, self._config.hidden_size)
         self.hidden = [np.zeros(shape, np.float32) for _ in self._hidden_names]
+
+
+def cache_type(session: "ort.InferenceSession") -> type[np.generic]:
+    """numpy's type of an engine's keys and values."""
+    found = next(value.type for value in session.get_inputs() if value.name.startswith("past_key_values."))
+    return CACHE_TYPES[found]

@@ -4,7 +4,6 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from calibration.codecs import container_bits
 from exporter.core.config import ModelConfig
 from exporter.core.progress import Progress
 from exporter.core.recipe import Precision, Recipe
@@ -20,8 +19,10 @@ from targets.base import (
     refuse_devices,
 )
 from targets.onnxruntime.file_names import MODEL
+from targets.onnxruntime.stored_rows import in_blocks, stored_bits
 from targets.onnxruntime.support import capabilities, recipe_support
 
+FP8_ROUNDINGS: dict[str, ActivationRounding] = {"fp8/token": "fp8-token", "fp8/tensor": "fp8-tensor"}
 MACHINES = ("x86_64", "AMD64", "aarch64", "arm64")
 PACKAGES = ("onnxruntime", "onnx", "onnx-ir")
 
@@ -48,16 +49,18 @@ class OnnxRuntimeTarget:
         return {name: _version(name) for name in PACKAGES}
 
     def supports(self, config: ModelConfig, recipe: Recipe) -> Support:
-        return recipe_support(recipe)
+        return recipe_support(config, recipe)
 
     def complete(self, recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
         return recipe
 
     def code_bits(self, precision: Precision) -> int:
-        return container_bits(precision) if precision.is_integer else precision.bits
+        return stored_bits(precision)
 
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
-        return "group" if precision.is_integer else None
+        if in_blocks(precision):
+            return "group"
+        return FP8_ROUNDINGS.get(precision.activations)
 
     def devices(self) -> dict[str, str]:
         return {}

@@ -1,6 +1,6 @@
 """The external data file, written weight by weight and chunk by chunk, never a whole matrix in memory.
 
-Integer layouts are those of com.microsoft MatMulNBits (calibration/codecs.py), which GatherBlockQuantized reads too.
+Layouts of coded weights are those of the kernels (targets/onnxruntime/stored_rows.py).
 """
 
 import os
@@ -14,12 +14,12 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from calibration.codecs import container_bits, pack_zero_points, to_matmul_nbits
 from exporter.core.canonical import CheckpointWeight, RotaryTable
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.disk import output_errors
 from exporter.core.weights import QuantizedRows, row_chunks, weight_shape
 from targets.base import RowReader
+from targets.onnxruntime.stored_rows import stored_bits, stored_group, stored_rows
 
 # ONNX Runtime maps external data when it starts on a page boundary.
 ALIGNMENT = 4096
@@ -54,8 +54,8 @@ class Region:
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A matrix [N, K] in the file: codes (uint8, bits * N * K / 8 bytes), scales float32 [N, K / group] and, if
-    asymmetric, zero points (uint8, packed along K like the codes)."""
+    """A coded matrix [N, K] in the file: codes (bits * N * K / 8 bytes, row after row), scales float32 [N, K / group]
+    and, if asymmetric, zero points (uint8, packed along K like the codes)."""
 
     name: str
     shape: tuple[int, int]
@@ -123,6 +123,16 @@ class WeightFile:
             base_dir=self.path.parent,
         )  # fmt: skip
 
+    def codes(
+        self, matrix: QuantizedMatrix, suffix: str, shape: tuple[int, ...], dtype: ir.DataType = ir.DataType.UINT8
+    ) -> ir.ExternalTensor:
+        """The codes of a matrix in the shape that an operator wants."""
+        return self.tensor(f"{matrix.name}.{suffix}", matrix.codes, dtype, shape)
+
+    def scales(self, matrix: QuantizedMatrix, shape: tuple[int, ...], suffix: str = "scales") -> ir.ExternalTensor:
+        """The scales of a matrix in the shape that an operator wants."""
+        return self.tensor(f"{matrix.name}.{suffix}", matrix.scales, ir.DataType.FLOAT, shape)
+
     def source_rows(self, weight: CheckpointWeight) -> list[int]:
         """How many rows each of its sources has."""
         return [self._checkpoint.tensors[name].shape[0] for name in weight.sources]
@@ -160,7 +170,7 @@ class WeightFile:
         return self.tensor(f"{name}.{number}" if number else name, region, ir.DataType.FLOAT, values.shape)
 
     def quantized(self, name: str, weight: CheckpointWeight) -> QuantizedMatrix:
-        """A matrix of integer codes; all regions are filled in one pass over the rows."""
+        """A matrix of codes; all regions are filled in one pass over the rows."""
         if weight not in self._written:
             matrix = self._layout(name, weight)
             self._written[weight] = matrix
@@ -174,25 +184,25 @@ class WeightFile:
 
     def _layout(self, name: str, weight: CheckpointWeight) -> QuantizedMatrix:
         rows, width = self.shape(weight)
-        precision, bits = weight.precision, container_bits(weight.precision)
-        assert precision.group_size is not None
-        groups = width // precision.group_size
+        precision, bits = weight.precision, stored_bits(weight.precision)
+        group = stored_group(precision, width)
+        groups = width // group
         return QuantizedMatrix(
             name=name,
             shape=(rows, width),
             bits=bits,
-            group_size=precision.group_size,
+            group_size=group,
             codes=self._reserve(rows * width * bits // 8),
             scales=self._reserve(rows * groups * 4),
             zero_points=None if precision.symmetric else self._reserve(rows * ((groups * bits + 7) // 8)),
         )
 
     def _write_quantized(self, matrix: QuantizedMatrix, start: int, chunk: QuantizedRows) -> None:
-        self._write(matrix.codes.offset + start * matrix.groups * matrix.group_bytes, to_matmul_nbits(chunk))
-        self._write(matrix.scales.offset + start * matrix.groups * 4, chunk.scales)
-        packed = pack_zero_points(chunk)
-        if packed is not None and matrix.zero_points is not None:
-            self._write(matrix.zero_points.offset + start * matrix.zero_point_bytes, packed)
+        rows = stored_rows(chunk, matrix.group_size)
+        self._write(matrix.codes.offset + start * matrix.groups * matrix.group_bytes, rows.codes)
+        self._write(matrix.scales.offset + start * matrix.groups * 4, rows.scales)
+        if rows.zero_points is not None and matrix.zero_points is not None:
+            self._write(matrix.zero_points.offset + start * matrix.zero_point_bytes, rows.zero_points)
 
     def _chunks(self, weight: CheckpointWeight, shape: tuple[int, ...]) -> Iterator[tuple[int, Rows]]:
         """(first row, rows), prepared ahead by a reader that can."""
