@@ -171,14 +171,16 @@ class WeightFile:
 
     def quantized(self, name: str, weight: CheckpointWeight) -> QuantizedMatrix:
         """A matrix of codes; all regions are filled in one pass over the rows."""
-        if weight not in self._written:
+        # What is asked of activations does not change what lies in the file.
+        key = replace(weight, precision=weight.precision.weight_only)
+        if key not in self._written:
             matrix = self._layout(name, weight)
-            self._written[weight] = matrix
+            self._written[key] = matrix
             for start, chunk in self._chunks(weight, matrix.shape):
                 if not isinstance(chunk, QuantizedRows):
                     raise TypeError(f"rows of {name} are {chunk.dtype}, not {weight.precision.describe()}")
                 self._write_quantized(matrix, start, chunk)
-        matrix_or_region = self._written[weight]
+        matrix_or_region = self._written[key]
         assert isinstance(matrix_or_region, QuantizedMatrix)
         return matrix_or_region
 
