@@ -6,6 +6,7 @@ Format: https://huggingface.co/docs/safetensors (8-byte little-endian header len
 import math
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -38,16 +39,21 @@ class TensorInfo:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a file, after checking that the header is sound and the file holds every byte it promises."""
+    return read_whole_header(path, DTYPES)[1]
+
+
+def read_whole_header(path: Path, dtypes: Mapping[str, np.dtype]) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """The metadata of a file and its tensors, which have these dtypes, after the same checks."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             header, start = _read_json_header(path, file, size)
     except OSError as error:
         raise _damaged(path, "unreadable", f"the system refuses to read it ({error.strerror})") from error
-    header.pop("__metadata__", None)
-    tensors = {name: _tensor_info(path, name, entry, start, size) for name, entry in header.items()}
+    metadata = _metadata(path, header.pop("__metadata__", {}))
+    tensors = {name: _tensor_info(path, name, entry, start, size, dtypes) for name, entry in header.items()}
     _check_layout(path, tensors, start, size)
-    return tensors
+    return metadata, tensors
 
 
 def _read_json_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
@@ -70,29 +76,40 @@ def _read_json_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, 
         raise _damaged(path, "header", f"its header is not sound JSON: {error}") from error
 
 
-def _tensor_info(path: Path, name: str, entry: object, start: int, size: int) -> TensorInfo:
+def _metadata(path: Path, value: object) -> dict[str, str]:
+    """Texts by name, or nothing, as the format demands."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise _damaged(path, "header", "its metadata are not texts by name")
+    return value
+
+
+def _tensor_info(
+    path: Path, name: str, entry: object, start: int, size: int, dtypes: Mapping[str, np.dtype]
+) -> TensorInfo:
     shown = shorten(name)
     if not isinstance(entry, dict):
         raise _damaged(path, "header", f"tensor {shown} has no description")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str):
         raise _damaged(path, "header", f"tensor {shown} has dtype {shorten(dtype)}")
-    if dtype not in DTYPES:
+    if dtype not in dtypes:
         raise UnsupportedError(
             "checkpoint.dtype",
             f"{path.name}: tensor {shown} is stored as {shorten(dtype)}",
-            "supported: BF16, F16, F32; convert the checkpoint first",
+            f"supported: {', '.join(dtypes)}; convert the checkpoint first",
         )
     if not _naturals(shape, 8) or not _naturals(offsets, 2) or len(offsets) != 2:
         raise _damaged(path, "header", f"tensor {shown} has shape {shorten(shape)} and offsets {shorten(offsets)}")
     first, last = offsets
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    expected = math.prod(shape) * dtypes[dtype].itemsize
     if last - first != expected:
         why = f"tensor {shown} claims {shorten(last - first)} bytes, its shape {shape} needs {shorten(expected)}"
         raise _damaged(path, "header", why)
     if start + last > size:
         raise _damaged(path, "truncated", f"tensor {shown} ends at byte {start + last} of a file of {size}")
-    return TensorInfo(name, path, DTYPES[dtype], tuple(shape), start + first, expected)
+    return TensorInfo(name, path, dtypes[dtype], tuple(shape), start + first, expected)
 
 
 def _naturals(value: object, most: int) -> TypeGuard[list[int]]:
