@@ -1,10 +1,12 @@
 """The memory a process holds and may hold: the figures of `plan`, `build --max-ram` and the benchmarks."""
 
-import ctypes
 import os
 from pathlib import Path
 
 from exporter.core.errors import BudgetError
+from exporter.core.memory import release_free_memory
+
+__all__ = ["available_bytes", "check_peak", "peak_resident_bytes", "release_free_memory"]
 
 
 def peak_resident_bytes() -> int:
@@ -32,10 +34,3 @@ def check_peak(limit: int | None, stage: str) -> None:
             f"after stage {stage} the build had held {peak / 1e9:.2f} GB, --max-ram allows {limit / 1e9:.2f} GB",
             "allow more memory, build with --no-parity, or see `enginesmith plan`",
         )
-
-
-def release_free_memory() -> None:
-    """Give memory that was freed back to the system; the C library keeps it otherwise. Nothing where it cannot."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -4,14 +4,12 @@ import typer
 
 # Each of these modules adds its commands to `app`.
 import exporter.cli.build
+import exporter.cli.calibrate
 import exporter.cli.engines
 import exporter.cli.lists  # noqa: F401
 from exporter.cli.app import app
 from exporter.cli.output import INTERRUPTED, Output, UsageError, run_guarded
-from exporter.core.errors import UnsupportedError
 
-# Commands of the contract that have no meaning yet: refused by name.
-LATER_COMMANDS = {"calibrate": "quantization-parameter files"}
 # Typer carries its own copy of click since 0.2x; the usage error it raises is the parent of its BadParameter.
 CLICK_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -23,13 +21,6 @@ def run(arguments: list[str]) -> int:
 
 
 def _invoke(arguments: list[str], output: Output) -> None:
-    if arguments and arguments[0] in LATER_COMMANDS:
-        needs = LATER_COMMANDS[arguments[0]]
-        raise UnsupportedError(
-            "command.unavailable",
-            f"{arguments[0]} is not available yet: it needs {needs}",
-            "build with a recipe that needs no calibration, see `enginesmith recipes`",
-        )
     try:
         code = app(arguments, standalone_mode=False, obj=output, prog_name="enginesmith")
     except CLICK_USAGE_ERROR as error:

@@ -1,0 +1,48 @@
+"""The calibration of the head: statistics of the final norm's output, and codes of the head's rows, block by block."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from calibration.accumulate import StatisticsAccumulator
+from calibration.activation_store import Activations, batches
+from calibration.coverage import actual_precision
+from calibration.decoder import rms_norm
+from calibration.matrix_algorithms import BLOCK_ELEMENTS, CodeChooser, Wanted, input_clip
+from calibration.qparams_writer import QParamsWriter
+from exporter.core.canonical import CheckpointWeight
+from exporter.core.checkpoint import Checkpoint
+from exporter.core.recipe import Recipe
+from exporter.core.weights import QuantizedRows, read_weight_rows, row_chunks
+
+POINT, MODULE = "head_input", "lm_head"
+
+
+@torch.inference_mode()
+def run_head(checkpoint: Checkpoint, recipe: Recipe, hidden: Activations, batch: int, writer: QParamsWriter) -> None:
+    """Give the writer what the head needs. hidden [n, S, H]: what leaves the last layer."""
+    config = checkpoint.config
+    precision = actual_precision(recipe.lm_head, config.hidden_size)
+    wanted = Wanted.of(recipe, precision)
+    gamma = torch.from_numpy(_read(checkpoint, "model.norm.weight", 0, config.hidden_size))
+    n, length, width = hidden.shape
+    gathered = StatisticsAccumulator("head input", width, n * length, hessian=wanted.hessian, sample=wanted.sample)
+    for start, stop in batches(n, batch):
+        gathered.add(rms_norm(torch.from_numpy(hidden.read(start, stop)), gamma, config.rms_norm_eps))
+    statistics = gathered.finish()
+    writer.add_input_amax(None, POINT, statistics.amax, input_clip(recipe, precision, statistics))
+    chooser = CodeChooser(recipe, precision, statistics)
+    if not chooser.chooses:
+        return
+    writer.add_codes(config.head_source, _blocks(checkpoint, config.head_source, chooser))
+    writer.add_report(MODULE, chooser.report)
+
+
+def _blocks(checkpoint: Checkpoint, name: str, chooser: CodeChooser) -> Iterator[QuantizedRows]:
+    for start, stop in row_chunks(checkpoint.tensors[name].shape, BLOCK_ELEMENTS):
+        yield chooser.codes(_read(checkpoint, name, start, stop))
+
+
+def _read(checkpoint: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:
+    return read_weight_rows(checkpoint, CheckpointWeight((name,)), start, stop)
