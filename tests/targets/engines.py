@@ -1,6 +1,8 @@
 """Engines of tiny checkpoints and what they are held to: the eager model with the very weights they store."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ from targets.onnxruntime.runner import OnnxRuntimeRunner
 from targets.registry import get_target
 from tests.support.canonical_llama import canonical_llama
 
+# Of the inputs of matrices in tests, which reach about 4: some of E4M3's and of int8's range is left.
+INPUT_SCALE = 0.04
 LIMITS = Limits(max_batch=3, max_seq_len=40)
 
 
@@ -60,17 +64,27 @@ class Engine:
         return runner
 
 
-def build_source(checkpoint: Path, recipe: Recipe, limits: Limits = LIMITS) -> BuildSource:
+def build_source(
+    checkpoint: Path,
+    recipe: Recipe,
+    limits: Limits = LIMITS,
+    kv_scales: Mapping[int, tuple[float, float]] | None = None,
+) -> BuildSource:
+    """`kv_scales` as calibration would give them; every matrix whose precision wants a calibrated scale of its input
+    gets INPUT_SCALE."""
     opened = Checkpoint.open(checkpoint)
-    model = apply_recipe(canonical_llama(opened.config, limits.max_seq_len), recipe, opened.config)
-    return BuildSource(opened.config, recipe, model, opened, WeightRows(opened, threads=1), limits)
+    scales = dict.fromkeys(map(str.removesuffix, opened.config.tensor_shapes, repeat(".weight")), INPUT_SCALE)
+    canonical = canonical_llama(opened.config, limits.max_seq_len)
+    model = apply_recipe(canonical, recipe, opened.config, {**scales, "lm_head": INPUT_SCALE})
+    rows = WeightRows(opened, threads=1)
+    return BuildSource(opened.config, recipe, model, opened, rows, limits, kv_scales=kv_scales)
 
 
 def build(source: BuildSource, out: Path, model: CanonicalModel | None = None) -> Engine:
     """Build into a directory that may not exist yet; `model` replaces the canonical model of the source."""
     out.mkdir(parents=True, exist_ok=True)
     if model is not None:
-        source = BuildSource(source.config, source.recipe, model, source.checkpoint, source.rows, source.limits)
+        source = replace(source, model=model)
     return Engine(out, source, get_target("onnxruntime").build(source, out, NoProgress()))
 
 
@@ -86,11 +100,18 @@ def eager(source: BuildSource) -> LlamaForCausalLM:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                head = name == "lm_head.weight"
-                precision = recipe.lm_head if head else recipe.embedding if "embed" in name else recipe.linear
-                stored = source.config.head_source if head else name
+                stored = source.config.head_source if name == "lm_head.weight" else name
+                precision = precision_of(recipe, name.removesuffix(".weight"))
                 parameter.copy_(torch.from_numpy(stored_values(source, stored, precision)))
     return model
+
+
+def precision_of(recipe: Recipe, module: str) -> Precision:
+    """What a recipe asks of a module of the eager model."""
+    if not module.startswith("model.layers."):
+        return recipe.lm_head if module == "lm_head" else recipe.embedding
+    layer, name = module.removeprefix("model.layers.").split(".", 1)
+    return recipe.layer_precision(int(layer), name)
 
 
 def stored_values(source: BuildSource, name: str, precision: Precision) -> np.ndarray:
