@@ -6,10 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from exporter.core.config import ModelConfig
-from exporter.core.errors import BudgetError
-from exporter.core.recipe import GROUP_SIZES, Precision, Recipe
+from exporter.core.errors import BudgetError, InputError
+from exporter.core.recipe import FIXED_GROUPS, GROUP_SIZES, TENSOR, Precision, Recipe
 
 SOURCE = Precision("fp32")
+PACKS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+"""Matrices of a layer that the canonical model stacks into one."""
+FORMAT_SCALE_BITS = {"nvfp4": (8, 32), "mxfp4": (8, 0)}
+"""Bits of a group's scale and of a matrix's own, where the format says so, not the target."""
 CodeBits = Callable[[Precision], int]
 """Bits that a weight of a precision takes where it is stored."""
 
@@ -38,11 +42,19 @@ class TensorCoverage:
         return self.shape[0] * self.shape[1]
 
     def stored_bits(self, scale_bits: int, code_bits: CodeBits = plain_bits) -> int:
-        """Bits of codes, scales and zero points (packed as the codes are)."""
+        """Bits of codes, scales and zero points (packed as the codes are).
+
+        A target that stores other codes than the format's has its own scales too, `scale_bits` a group.
+        """
         bits = code_bits(self.actual)
-        groups = self.parameters // self.actual.group_size if self.actual.group_size else 0
+        if not self.actual.is_coded:
+            return self.parameters * bits
         per_group = scale_bits + (0 if self.actual.symmetric else bits)
-        return self.parameters * bits + groups * per_group
+        of_matrix = 0
+        if self.actual.kind in FORMAT_SCALE_BITS and bits == self.actual.bits:
+            per_group, of_matrix = FORMAT_SCALE_BITS[self.actual.kind]
+        groups = 1 if self.actual.group_size == TENSOR else self.shape[0] * self.actual.groups(self.shape[1])
+        return self.parameters * bits + groups * per_group + of_matrix
 
 
 @dataclass(frozen=True)
@@ -82,13 +94,36 @@ def kernel_group(precision: Precision, width: int) -> int:
     return max((group for group in GROUP_SIZES if width % group == 0), default=0)
 
 
+def check_packs(config: ModelConfig, recipe: Recipe) -> None:
+    """Raise InputError (`recipe.packs`) naming every matrix that is stacked with one of another precision: engines
+    compute q, k and v in one product, and gate and up."""
+    faults = []
+    for layer in range(config.num_layers):
+        for pack in PACKS:
+            asked = {name: recipe.layer_precision(layer, name) for name in pack}
+            if len(set(asked.values())) > 1:
+                parts = ", ".join(f"{name} {precision.describe()}" for name, precision in asked.items())
+                faults.append(f"layers.{layer}: {parts}")
+    if faults:
+        raise InputError(
+            "recipe.packs",
+            f"matrices that are computed together have different precisions: {'; '.join(faults)}",
+            'give them one, as with [layers."*.self_attn.[qkv]_proj"] or [layers."*.mlp.*"]',
+        )
+
+
 def coverage(config: ModelConfig, recipe: Recipe, scale_bits: int = 32, code_bits: CodeBits = plain_bits) -> Coverage:
-    """What the recipe achieves on this architecture; `scale_bits` and `code_bits`: how a target stores it."""
+    """What the recipe achieves on this architecture; `scale_bits` and `code_bits`: how a target stores it.
+
+    Raises InputError where matrices that are stacked ask for different precisions.
+    """
+    check_packs(config, recipe)
     hidden, vocabulary = config.hidden_size, config.vocab_size
-    tensors = [_tensor("model.embed_tokens.weight", (vocabulary, hidden), recipe.embedding)]
+    tensors = [_tensor("model.embed_tokens.weight", (vocabulary, hidden), recipe.embedding.weight_only)]
     for layer in range(config.num_layers):
         for name, shape in config.linear_shapes.items():
-            tensors.append(_tensor(f"model.layers.{layer}.{name}.weight", shape, recipe.linear))
+            asked = recipe.layer_precision(layer, name)
+            tensors.append(_tensor(f"model.layers.{layer}.{name}.weight", shape, asked))
     tensors.append(_tensor("lm_head.weight", (vocabulary, hidden), recipe.lm_head))
     total = sum(t.parameters for t in tensors)
     covered = sum(t.parameters for t in tensors if t.covered)
@@ -102,17 +137,21 @@ def gate(achieved: Coverage, min_coverage: float = 1.0) -> None:
     missed = [t for t in achieved.tensors if not t.covered]
     counts = Counter((re.sub(r"\.\d+\.", ".*.", t.name.removesuffix(".weight")), t.why) for t in missed)
     modules = "; ".join(f"{name} ({why}), {_tensors(count)}" for (name, why), count in counts.items())
-    widths = {t.shape[1] for t in missed}
+    widths = " and ".join(map(str, sorted({t.shape[1] for t in missed})))
+    fixed = sorted({t.requested.kind for t in missed if t.requested.kind in FIXED_GROUPS})
+    choose = f"choose a --group-size that divides {widths}"
+    if fixed:
+        choose = f"choose another precision than {' and '.join(fixed)}, whose groups do not divide {widths}"
     raise BudgetError(
         "coverage.missed",
         f"the recipe covers {achieved.fraction:.4%} of the weights, {min_coverage:.4%} asked. Left in fp32: {modules}",
-        f"choose a --group-size that divides {' and '.join(map(str, sorted(widths)))}, or lower --min-coverage",
+        f"{choose}, or lower --min-coverage",
     )
 
 
 def _tensor(name: str, shape: tuple[int, int], requested: Precision) -> TensorCoverage:
     actual = actual_precision(requested, shape[1])
-    why = "" if actual == requested else f"K={shape[1]} not divisible by {requested.group_size}"
+    why = "" if actual == requested else f"K={shape[1]} not divisible by {requested.group_of(shape[1])}"
     return TensorCoverage(name, shape, requested, actual, why)
 
 

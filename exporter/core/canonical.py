@@ -22,6 +22,12 @@ EMBEDDING_INPUTS = ("input_ids",)
 LAYER_INPUTS = ("hidden", "position_ids", "write_indices", "nonpad_kv_seqlen", "past_key", "past_value")
 LAYER_OUTPUTS = ("hidden_out", "present_key", "present_value")
 HEAD_INPUTS = ("hidden", "rows")
+INTERFACES = {
+    "embedding": (EMBEDDING_INPUTS, ("hidden",)),
+    "layer": (LAYER_INPUTS, LAYER_OUTPUTS),
+    "head": (HEAD_INPUTS, ("logits",)),
+}
+"""Activations and outputs of each kind of slice, in order; all other inputs are weights."""
 
 
 @dataclass(frozen=True)

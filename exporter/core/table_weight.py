@@ -3,7 +3,7 @@
 For the weight `w` [N, K] with groups of g, in this order:
 
     Cast(w.codes UINT4 [N, K], to INT32)
-    Gather(table, codes)                 float [N, K]; table: float [16], initializer `levels.nf4` or `levels.e2m1`
+    Gather(table, codes)                 float [N, K]; table: float [16], an initializer
     Reshape(values, [0, -1, g])
     Reshape(w.scales [N, K / g], [0, -1, 1])
     Mul(values, scales)
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 INT32 = 6  # onnx.TensorProto.INT32
 TABLES = {"nf4": "nf4", "nvfp4": "e2m1", "mxfp4": "e2m1"}
-"""The table of each kind of weight; its initializer is called `levels.` and this."""
+"""The table of each kind of weight."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from exporter.core.canonical import (
     LAYER_OUTPUTS,
     CheckpointWeight,
     RotaryTable,
+    ScaleValue,
     Slice,
 )
 from exporter.core.config import ModelConfig
@@ -119,6 +120,9 @@ class SliceRunner:
             activations["rows"] = np.arange(len(hidden), dtype=np.int64)
         weights: Feeds = {}
         for name, weight in piece.weights.items():
+            if isinstance(weight, ScaleValue):
+                weights[name] = weight.values()
+                continue
             assert isinstance(weight, CheckpointWeight)
             bounds = vocabulary if name == "lm_head.weight" else (0, self._config.hidden_size)
             weights |= self._entries(name, weight, *bounds)
@@ -127,7 +131,7 @@ class SliceRunner:
     def _weights(self, piece: Slice, shared: Feeds) -> Feeds:
         feeds: Feeds = {}
         for name, weight in piece.weights.items():
-            if isinstance(weight, RotaryTable):
+            if isinstance(weight, RotaryTable | ScaleValue):
                 feeds[name] = weight.values()
             elif weight.precision.kind == "fp32" and all(source in shared for source in weight.sources):
                 parts = [shared[source] for source in weight.sources]

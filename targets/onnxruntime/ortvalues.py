@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # onnx.TensorProto.DataType, written out so that running an engine does not need the onnx package.
 FLOAT, UINT8, INT8, INT32, INT64, BOOL, FLOAT16, BFLOAT16, UINT4, INT4 = 1, 2, 3, 6, 7, 9, 10, 16, 21, 22
+FLOAT8E4M3FN = 17
 NUMPY_TYPES: dict[int, np.dtype] = {
     FLOAT: np.dtype(np.float32),
     UINT8: np.dtype(np.uint8),
@@ -23,6 +24,7 @@ NUMPY_TYPES: dict[int, np.dtype] = {
     BOOL: np.dtype(np.bool_),
     FLOAT16: np.dtype(np.float16),
     BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    FLOAT8E4M3FN: np.dtype(np.uint8),
 }
 FOUR_BIT = (UINT4, INT4)
 
