@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from exporter.calibration_request import NO_CALIBRATION, CalibrationRequest
 from exporter.core.config import ModelConfig
 from exporter.core.device import THIS_MACHINE, DeviceOptions
 from exporter.core.errors import InputError
@@ -19,15 +20,15 @@ SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 class BuildOptions:
     """Options of `enginesmith build`; None means the default that the documentation states.
 
-    `recipe` is a preset's name or a TOML file; `group_size`, `lm_head`, `embedding` and `kv_cache` override
-    parts of it. `max_ram` is in bytes, `min_coverage` a fraction of the quantizable weights. `device` is the machine
-    the engine is for.
+    `recipe` is a preset's name or a TOML file, by default `fp32`, or that of the quantization parameters;
+    `group_size`, `lm_head`, `embedding` and `kv_cache` override parts of it. `max_ram` is in bytes, `min_coverage` a
+    fraction of the quantizable weights. `device` is the machine the engine is for.
     """
 
     checkpoint: Path
     out: Path
     target: str
-    recipe: str = "fp32"
+    recipe: str | None = None
     force: bool = False
     tracer: str = "torch-export"
     max_seq_len: int | None = None
@@ -42,6 +43,7 @@ class BuildOptions:
     parity: bool = True
     text: Path | None = None
     device: DeviceOptions = THIS_MACHINE
+    calibration: CalibrationRequest = NO_CALIBRATION
 
     def __post_init__(self) -> None:
         if self.tracer not in TRACERS:

@@ -1,12 +1,12 @@
 """The whole data flow of a build on one screen; each stage is a function from one value to the next."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.coverage import Coverage, coverage
-from calibration.weight_rows import WeightRows
+from calibration.qparams import QParams
 from exporter.artifact.host import check_host
 from exporter.artifact.manifest import Manifest, PrecisionTable, Source, write_manifest
 from exporter.artifact.staging import check_output, staged_directory
@@ -21,7 +21,9 @@ from exporter.core.recipe import Recipe
 from exporter.core.traced import TracedModel
 from exporter.memory import check_peak
 from exporter.options import BuildOptions
-from exporter.plan import check_memory_budget, first_blocker, requested_recipe
+from exporter.plan import built_config, check_memory_budget, first_blocker, open_parameters
+from exporter.recipe_numbers import RecipeNumbers, calibrated_numbers, plain_numbers
+from exporter.requested_recipe import requested_recipe
 from exporter.version import VERSION
 from targets.base import BuildResult, BuildSource, Limits, Target, built_by
 from targets.registry import get_target
@@ -40,6 +42,7 @@ class Job:
     recipe: Recipe
     limits: Limits
     coverage: Coverage
+    parameters: QParams | None = None
 
 
 @dataclass(frozen=True)
@@ -89,16 +92,22 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildOutco
         job = prepare(options)
         checkpoint = Checkpoint.open(options.checkpoint, job.config)
         tokenizer = read_tokenizer(options.checkpoint, job.config)
+        if job.parameters is not None:
+            job.parameters.check(checkpoint)
     with staged_directory(options.out, options.force, options.checkpoint) as staging, ThreadPoolExecutor(1) as pool:
         source_digest = pool.submit(lambda: checkpoint.digest)
-        graphs = make_graphs(job, progress)
+        if options.calibration.calibrates(job.recipe):
+            with stage(progress, "calibrate"):
+                job = calibrated_job(job, checkpoint, progress)
+        numbers = recipe_numbers(job, checkpoint)
+        graphs = make_graphs(job, numbers, progress)
         with stage(progress, "compile"):
-            source = build_source(job, checkpoint, graphs.quantized)
+            source = build_source(job, numbers, graphs.quantized)
             result = job.target.build(source, staging, progress)
             tokenizer.write(staging)
             check_peak(options.max_ram, "compile")
         not_run = "; ".join(found.message for found in check_host(result.triple or triple(), result.requirements))
-        report = _verify(job, source, graphs, staging, not_run, progress) if options.parity else None
+        report = _verify(job, checkpoint, numbers, graphs, staging, not_run, progress) if options.parity else None
         with stage(progress, "package"):
             manifest = _manifest(job, source_digest.result(), result, report)
             manifest, digest = write_manifest(staging, manifest)
@@ -110,18 +119,40 @@ def prepare(options: BuildOptions) -> Job:
     target = get_target(options.target)
     config = ModelConfig.from_directory(options.checkpoint)
     target.check_device(options.device)
-    recipe = requested_recipe(options, target)
-    covered = coverage(config, recipe, target.scale_bits, target.code_bits)
+    parameters = open_parameters(options)
+    recipe = requested_recipe(options, target, parameters)
+    options.calibration.check(recipe, target.calibrated_caches)
+    covered = coverage(built_config(config, recipe), recipe, target.scale_bits, target.code_bits)
     limits = Limits(options.max_batch, options.sequence_limit(config))
     if blocker := first_blocker(options, target, config, recipe, covered):
         raise blocker
     if not (probe := target.probe()).usable:
         raise UnsupportedError(f"target.{target.name}", f"target {target.name}: {probe.why}", probe.remedy)
     check_memory_budget(options, config, recipe, covered, limits)
-    return Job(options, target, config, recipe, limits, covered)
+    return Job(options, target, config, recipe, limits, covered, parameters)
 
 
-def make_graphs(job: Job, progress: Progress) -> Graphs:
+def calibrated_job(job: Job, checkpoint: Checkpoint, progress: Progress) -> Job:
+    """The job with parameters found on the options' text, and the recipe as they settle it (`auto` chooses)."""
+    from exporter.calibrating import calibrate_for_build
+
+    parameters = calibrate_for_build(checkpoint, job.recipe, job.options, progress)
+    check_peak(job.options.max_ram, "calibrate")
+    target, recipe = job.target, parameters.recipe
+    covered = coverage(built_config(job.config, recipe), recipe, target.scale_bits, target.code_bits)
+    if blocker := first_blocker(job.options, target, job.config, recipe, covered):
+        raise blocker
+    return replace(job, recipe=recipe, coverage=covered, parameters=parameters)
+
+
+def recipe_numbers(job: Job, checkpoint: Checkpoint) -> RecipeNumbers:
+    """Where weights and scales come from; nothing is read yet but the scales."""
+    if job.parameters is None:
+        return plain_numbers(checkpoint, job.options.threads)
+    return calibrated_numbers(checkpoint, job.recipe, job.parameters, job.target, job.options.threads)
+
+
+def make_graphs(job: Job, numbers: RecipeNumbers, progress: Progress) -> Graphs:
     """Trace, fuse and apply the recipe; the checker runs on the result of both."""
     with stage(progress, "trace"):
         from exporter.trace.trace import trace
@@ -135,35 +166,47 @@ def make_graphs(job: Job, progress: Progress) -> Graphs:
         from calibration.insert_precision import apply_recipe
         from exporter.core.checker import check_canonical
 
-        quantized = apply_recipe(fused, job.recipe, job.config)
-        check_canonical(quantized, job.config)
+        quantized = apply_recipe(fused, job.recipe, numbers.checkpoint.config, numbers.input_scales)
+        check_canonical(quantized, numbers.checkpoint.config)
     return Graphs(traced, fused, quantized)
 
 
-def build_source(job: Job, checkpoint: Checkpoint, quantized: CanonicalModel) -> BuildSource:
+def build_source(job: Job, numbers: RecipeNumbers, quantized: CanonicalModel) -> BuildSource:
     """What the target builds from; weights are quantized when the target asks for their rows."""
-    rows = WeightRows(checkpoint, job.options.threads or None)
-    return BuildSource(job.config, job.recipe, quantized, checkpoint, rows, job.limits, job.options.device)
+    return BuildSource(
+        numbers.checkpoint.config,
+        job.recipe,
+        quantized,
+        numbers.checkpoint,
+        numbers.rows,
+        job.limits,
+        job.options.device,
+        numbers.kv_scales or None,
+    )
 
 
 def _verify(
-    job: Job, source: BuildSource, graphs: Graphs, engine: Path, not_run: str, progress: Progress
+    job: Job,
+    checkpoint: Checkpoint,
+    numbers: RecipeNumbers,
+    graphs: Graphs,
+    engine: Path,
+    not_run: str,
+    progress: Progress,
 ) -> "VerifyReport":
     """`not_run`: why this machine cannot run the engine, or nothing."""
     from exporter.parity.verify import EngineUnderTest, verify_build
 
     options = job.options
-    subject = EngineUnderTest(
-        job.target, engine, source.checkpoint, job.recipe, job.limits, options.text, options.threads
-    )
+    subject = EngineUnderTest(job.target, engine, checkpoint, job.recipe, job.limits, options.text, options.threads)
     with stage(progress, "verify"):
-        report = verify_build(subject, graphs.traced, graphs.fused, graphs.quantized, source.rows, progress, not_run)
+        report = verify_build(subject, graphs.traced, graphs.fused, graphs.quantized, numbers, progress, not_run)
         check_peak(job.options.max_ram, "verify")
     return report
 
 
 def _manifest(job: Job, source_digest: str, result: BuildResult, report: "VerifyReport | None") -> Manifest:
-    unproven = {"graph_parity": None, "built_by": built_by(job.target), "engine_run": None}
+    unproven = {"graph_parity": None, "built_by": built_by(job.target), "engine_run": None, "simulation": None}
     return Manifest(
         enginesmith=VERSION,
         source=Source(source_digest, job.config),

@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass
 
 from calibration.coverage import Coverage, coverage, gate
-from calibration.presets import load_recipe
+from calibration.qparams import QParams
+from calibration.transforms import FoldNorms, transformed_config
 from exporter.core.config import ModelConfig
 from exporter.core.errors import BudgetError, EngineSmithError, UnsupportedError
 from exporter.core.recipe import Recipe, kv_cache_bytes
 from exporter.options import BuildOptions
+from exporter.requested_recipe import requested_recipe
 from targets.base import Limits, Target
 from targets.registry import get_target
 
@@ -31,8 +33,19 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class MatrixSource:
+    """Where the codes of one matrix come from: `stored` in the file of parameters, `derived` from the weights after
+    its transforms, or `unquantized`; and why."""
+
+    name: str
+    source: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The forecast. `blocker` is the error the build would end with before reading a weight, or None."""
+    """The forecast. `blocker` is the error the build would end with before reading a weight, or None; `matrices` says
+    what a file of quantization parameters gives."""
 
     target: str
     recipe: str
@@ -43,6 +56,7 @@ class Plan:
     unsupported: tuple[str, ...]
     coverage: Coverage
     blocker: EngineSmithError | None
+    matrices: tuple[MatrixSource, ...] = ()
 
     @property
     def peak_ram_bytes(self) -> int:
@@ -60,6 +74,7 @@ class Plan:
             "stages": [dict(stage.__dict__) for stage in self.stages],
             "unsupported": list(self.unsupported),
             "coverage": self.coverage.to_json(),
+            "matrices": [dict(matrix.__dict__) for matrix in self.matrices],
         }
         return {**plan, "error": self.blocker.to_json()} if self.blocker else plan
 
@@ -73,7 +88,15 @@ class Plan:
             f"coverage     {self.coverage.fraction:.1%} of the quantizable weights",
         ]
         lines += [f"  {stage.name:<9} {stage.peak_ram_bytes / 1e6:,.0f} MB" for stage in self.stages]
+        lines += [f"parameters   {line}" for line in self._sources()]
         return "\n".join(lines + [f"note: {note}" for note in self.unsupported])
+
+    def _sources(self) -> list[str]:
+        """How many matrices are stored, derived and unquantized, with the first reason of each kind."""
+        groups: dict[tuple[str, str], int] = {}
+        for matrix in self.matrices:
+            groups[matrix.source, matrix.why] = groups.get((matrix.source, matrix.why), 0) + 1
+        return [f"{count} {source}" + (f": {why}" if why else "") for (source, why), count in groups.items()]
 
 
 def make_plan(options: BuildOptions) -> Plan:
@@ -81,37 +104,55 @@ def make_plan(options: BuildOptions) -> Plan:
     target = get_target(options.target)
     config = ModelConfig.from_directory(options.checkpoint)
     target.check_device(options.device)
-    recipe = requested_recipe(options, target)
-    covered = coverage(config, recipe, target.scale_bits, target.code_bits)
+    parameters = open_parameters(options)
+    recipe = requested_recipe(options, target, parameters)
+    built = built_config(config, recipe)
+    covered = coverage(built, recipe, target.scale_bits, target.code_bits)
     limits = Limits(options.max_batch, options.sequence_limit(config))
     support = target.supports(config, recipe)
     blocker = first_blocker(options, target, config, recipe, covered)
     notes = [support.why] if support.level != "native" and support.why else []
     notes += [f"{tensor.name}: {tensor.why}" for tensor in covered.tensors if tensor.why]
-    engine = engine_bytes(config, covered)
+    notes += data_notes(options, recipe, target)
+    engine = engine_bytes(built, covered)
     return Plan(
         target=target.name,
         recipe=recipe.name,
         support=support.level,
         engine_bytes=engine,
         disk_bytes=engine,
-        stages=tuple(plan_stages(config, recipe, engine, limits, options.parity)),
+        stages=tuple(plan_stages(options, config, recipe, engine, limits)),
         unsupported=tuple(notes),
         coverage=covered,
         blocker=blocker,
+        matrices=matrix_sources(config, recipe, parameters),
     )
 
 
-def requested_recipe(options: BuildOptions, target: Target) -> Recipe:
-    """The recipe with the options' overrides applied, and the target's choice of what nobody named."""
-    return load_recipe(
-        options.recipe,
-        group_size=options.group_size,
-        lm_head=options.lm_head,
-        embedding=options.embedding,
-        kv_cache=options.kv_cache,
-        complete=target.complete,
-    )
+def data_notes(options: BuildOptions, recipe: Recipe, target: Target) -> list[str]:
+    """What a build would still need of its user."""
+    error = options.calibration.missing_data(recipe, target.calibrated_caches)
+    return [f"{error.message}: {error.remedy}"] if error else []
+
+
+def matrix_sources(config: ModelConfig, recipe: Recipe, parameters: QParams | None) -> tuple[MatrixSource, ...]:
+    """Which matrices take their codes from the file of parameters, and which are derived; nothing without a file."""
+    if parameters is None:
+        return ()
+    from calibration.qparams import served
+
+    return tuple(MatrixSource(*found) for found in served(parameters, recipe, config))
+
+
+def open_parameters(options: BuildOptions) -> QParams | None:
+    """The file of `--qparams`, its header read and checked."""
+    path = options.calibration.qparams
+    return QParams.open(path) if path is not None else None
+
+
+def built_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """The architecture of the engine: a rotation unties the head from the embedding."""
+    return transformed_config(config, (FoldNorms(),)) if "rotate" in recipe.algorithms else config
 
 
 def first_blocker(
@@ -136,11 +177,15 @@ def engine_bytes(config: ModelConfig, covered: Coverage) -> int:
     return int(matrices * covered.bits_per_weight / 8 + 4 * vectors + GRAPH_AND_TOKENIZER_BYTES)
 
 
-def plan_stages(config: ModelConfig, recipe: Recipe, engine: int, limits: Limits, parity: bool) -> list[StagePlan]:
+def plan_stages(
+    options: BuildOptions, config: ModelConfig, recipe: Recipe, engine: int, limits: Limits
+) -> list[StagePlan]:
     """Peak memory of each stage, in order."""
-    stages = [("trace", TRACE_BYTES), ("fuse", TRACE_BYTES), ("quantize", TRACE_BYTES)]
+    stages = [("calibrate", calibration_bytes(options, config, recipe))]
+    stages = stages if options.calibration.calibrates(recipe) else []
+    stages += [("trace", TRACE_BYTES), ("fuse", TRACE_BYTES), ("quantize", TRACE_BYTES)]
     stages.append(("compile", TRACE_BYTES + STREAM_BYTES))
-    if parity:
+    if options.parity:
         layer = 4 * sum(math.prod(shape) for shape in config.linear_shapes.values())
         heads = 2 * config.num_layers * config.num_kv_heads
         cache = heads * kv_cache_bytes(recipe.kv_cache, config.head_dim) * limits.max_seq_len
@@ -152,13 +197,21 @@ def plan_stages(config: ModelConfig, recipe: Recipe, engine: int, limits: Limits
     return [StagePlan(name, int(size)) for name, size in stages]
 
 
+def calibration_bytes(options: BuildOptions, config: ModelConfig, recipe: Recipe) -> float:
+    """The most that calibrating holds."""
+    from exporter.calibrating import forecast_for_build
+
+    return float(forecast_for_build(config, recipe, options))
+
+
 def check_memory_budget(
     options: BuildOptions, config: ModelConfig, recipe: Recipe, covered: Coverage, limits: Limits
 ) -> None:
     """Raise BudgetError before any work if the forecast does not fit `--max-ram`."""
     if options.max_ram is None:
         return
-    stages = plan_stages(config, recipe, engine_bytes(config, covered), limits, options.parity)
+    engine = engine_bytes(built_config(config, recipe), covered)
+    stages = plan_stages(options, config, recipe, engine, limits)
     worst = max(stages, key=lambda stage: stage.peak_ram_bytes)
     if worst.peak_ram_bytes > options.max_ram:
         raise BudgetError(
@@ -175,7 +228,9 @@ def stage_shares(options: BuildOptions) -> dict[str, float]:
         parameters = ModelConfig.from_directory(options.checkpoint).parameter_count
     except EngineSmithError:
         parameters = 0
-    shares = {"check": 0.3, "trace": 6.0, "fuse": 1.0, "quantize": 0.3, "compile": 0.5 + parameters / 200e6}
+    calibration = options.calibration
+    first = {"calibrate": 5 + parameters / 2e6} if calibration.text or calibration.rotate else {}
+    shares = {"check": 0.3, **first, "trace": 6.0, "fuse": 1.0, "quantize": 0.3, "compile": 0.5 + parameters / 200e6}
     if options.parity:
         shares["verify"] = 3.0 + parameters / 12e6
     shares["package"] = 0.2 + parameters / 2e9

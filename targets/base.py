@@ -133,6 +133,9 @@ class Target(Protocol):
     scale_bits: int
     """Bits of the scale of a group of integer weights, as the engine stores it."""
 
+    calibrated_caches: frozenset[str]
+    """Kinds of KV cache whose scales come from calibration: one for all keys, one for all values of a layer."""
+
     def probe(self) -> Support:
         """Whether the toolchain is here; never raises; says why not and the remedy."""
         ...

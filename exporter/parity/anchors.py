@@ -12,6 +12,8 @@ import onnx_ir as ir
 from exporter.core.canonical import CheckpointWeight, Slice
 
 PREPARING = {"Transpose", "DequantizeLinear", "Cast", "Identity"}
+DECODING = PREPARING | {"Gather", "Mul", "Reshape"}
+"""What turns codes into weights; 4-bit floats are looked up in a table."""
 
 
 def anchored_values(piece: Slice, modules: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -37,9 +39,10 @@ def anchored_values(piece: Slice, modules: dict[str, np.ndarray]) -> dict[str, n
 
 def consumer(value: ir.Value) -> ir.Node | None:
     """The node that combines a weight with activations."""
+    preparing = DECODING if (value.name or "").endswith(".codes") else PREPARING
     while uses := list(value.uses()):
         node = uses[0].node
-        if node.op_type not in PREPARING:
+        if node.op_type not in preparing:
             return node
         value = node.outputs[0]
     return None

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 from exporter.core.config import ModelConfig
-from exporter.core.errors import UnsupportedError
-from exporter.core.recipe import Recipe
+from exporter.core.recipe import Precision, Recipe
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,47 @@ INT6 = EagerLimits(
     "64 levels: a quarter of the step of 4 bits, and KL is quadratic in the step; the share of the int8 activations "
     "stays. 0.0027 measured on the example model with all weights in groups of 64, 0.0015 with the head in 256",
 )
+W8A8 = EagerLimits(
+    None,
+    0.02,
+    None,
+    1.01,
+    "8-bit weights times activations in int8 with one scale for a token or for all of them: a few large channels take "
+    "the steps of all others, which smoothing evens out, but not wholly",
+)
+FP8 = EagerLimits(
+    None,
+    0.02,
+    None,
+    1.01,
+    "E4M3 keeps 4 bits: weights and activations err by at most 2^-4 of themselves, whatever their scale; the errors of "
+    "a row's terms are independent and average out",
+)
 INT4_FINE = EagerLimits(
     None, 0.05, None, 1.05, "16 levels, groups of at most 32; the maximum is reported: one flat position dominates it"
+)
+INT4_COARSE = EagerLimits(
+    None, 0.10, None, 1.10, "16 levels, groups above 32, or whole rows: one outlier coarsens more weights"
+)
+FP4 = EagerLimits(
+    None,
+    0.15,
+    None,
+    1.15,
+    "E2M1 has 15 values, the largest 4 and 6: steps there are twice those of 16 even levels. Its scales are rounded as "
+    "well: to 4 bits (nvfp4) or to a power of two (mxfp4)",
 )
 INT8_CACHE = EagerLimits(
     None, 0.003, None, 1.005, "8-bit keys and values, a scale per position and head: the contract's row of int8 weights"
 )
-INT4_COARSE = EagerLimits(None, 0.10, None, 1.10, "16 levels, groups above 32: one outlier coarsens more weights")
+FP8_CACHE = EagerLimits(
+    None,
+    0.003,
+    None,
+    1.005,
+    "keys and values err by at most 2^-4 of themselves; a softmax over many positions averages what int8 gets by "
+    "finer steps: the same row",
+)
 
 LOCAL_ERROR = 1.5e-6
 """One lossless slice given the reference's own input, relative L2 of its output, for products of up to 256 terms:
@@ -66,7 +100,7 @@ def local_error(config: ModelConfig) -> float:
     return LOCAL_ERROR * max(1.0, max(config.hidden_size, config.intermediate_size) / 256) ** 0.25
 
 
-CACHES = {"fp32": FP32, "fp16": FP16, "int8": INT8_CACHE}
+CACHES = {"fp32": FP32, "fp16": FP16, "int8": INT8_CACHE, "fp8": FP8_CACHE}
 """The rows of KV caches: float16 keys and values err as much as float16 weights do."""
 
 CHAINED_ERROR = 2e-5
@@ -84,6 +118,21 @@ is half precision. Also how far two ways through one such engine (decode, chunks
 
 SELF_FP32 = 2e-5
 """Two ways through one float32 engine, or one slice of it beside its simulation: the fp32 limit against eager."""
+
+
+ROWS = {
+    "fp32": FP32,
+    "fp16": FP16,
+    "bf16": BF16,
+    "int8": INT8,
+    "int6": INT6,
+    "fp8": FP8,
+    "nvfp4": FP4,
+    "mxfp4": FP4,
+}
+"""The rows of kinds that have one whatever their groups; int8 with a scale for each row errs by more than with one for
+32 weights, but stays within the row."""
+FINE_GROUP = 32
 
 
 def eager_limits(recipe: Recipe) -> EagerLimits:
@@ -108,15 +157,17 @@ def looser(first: EagerLimits, second: EagerLimits) -> EagerLimits:
 
 
 def weight_limits(recipe: Recipe) -> EagerLimits:
-    """The row of the table for a recipe's weights; integer rows by the coarsest group size in use."""
-    rows = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": INT8, "int6": INT6}
-    if recipe.parity_class in rows:
-        return rows[recipe.parity_class]
-    if recipe.parity_class == "int4":
-        parts = (recipe.linear, recipe.lm_head, recipe.embedding)
-        groups = [part.group_size or 0 for part in parts if part.kind == "int4"]
-        return INT4_FINE if max(groups) <= 32 else INT4_COARSE
-    raise UnsupportedError("parity.class", f"no parity limits for precision class {recipe.parity_class!r}", "")
+    """The row of the table for a recipe's weights: that of its coarsest precision, limit by limit."""
+    return reduce(looser, dict.fromkeys(precision_limits(precision) for precision in recipe.precisions))
+
+
+def precision_limits(precision: Precision) -> EagerLimits:
+    """The row of one precision; 4-bit ones by the size of their groups."""
+    if precision.kind in ("int4", "nf4"):
+        fine = 0 < (precision.group_size or 0) <= FINE_GROUP
+        return INT4_FINE if fine else INT4_COARSE
+    row = ROWS[precision.kind]
+    return looser(row, W8A8) if precision.activations else row
 
 
 @dataclass(frozen=True)
@@ -127,13 +178,13 @@ class EngineLimits:
     consistency: float
 
 
-def engine_limits(recipe: Recipe, *, integer_activations: bool, half_arithmetic: bool = False) -> EngineLimits:
-    """`integer_activations`: the engine rounds activations to int8 before integer matrices."""
-    if integer_activations or half_arithmetic:
+def engine_limits(recipe: Recipe, *, rounded_activations: bool, half_arithmetic: bool = False) -> EngineLimits:
+    """`rounded_activations`: the engine rounds what matrices multiply, to int8 or E4M3."""
+    if rounded_activations or half_arithmetic:
         return EngineLimits(SIMULATION_COARSE, SIMULATION_COARSE)
     if recipe.kv_cache != "fp32":
         return EngineLimits(SIMULATION_FP32, SIMULATION_FP32)
-    floats = recipe.parity_class in ("fp32", "fp16", "bf16")
+    floats = not any(precision.is_coded for precision in recipe.precisions)
     return EngineLimits(SELF_FP32 if floats else SIMULATION_FP32, SELF_FP32)
 
 

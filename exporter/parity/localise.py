@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from exporter.core.canonical import Slice
 from exporter.parity.anchors import anchored_values
 from exporter.parity.graph_slice import Feeds, GraphLayer, SliceFailed
-from exporter.parity.limits import local_error, within
+from exporter.parity.limits import within
 from exporter.parity.metrics import relative_l2_error
 from exporter.parity.reference import EagerLayer
 from exporter.parity.report import Divergence
@@ -26,12 +26,14 @@ LAYOUT = {"Reshape", "Transpose", "Split", "Cast", "Identity", "Squeeze", "Unsqu
 
 @dataclass(frozen=True)
 class Suspect:
-    """A layer that failed, and what it should have equalled: `before` is the same layer in the stage before."""
+    """A layer that failed, and what it should have equalled: `before` is the same layer in the stage before. `limit`:
+    how far, relative L2, equal values may lie apart."""
 
     piece: Slice
     layer: GraphLayer
     before: GraphLayer | None
     eager: EagerLayer
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def _at_once(found: Divergence, suspect: Suspect, evidence: Evidence) -> Diverge
         output = suspect.eager.run(evidence.row)
         expected |= {"hidden_out": output.hidden[None], "present_key": output.keys[None]}
         expected["present_value"] = output.values[None]
-    return _compare(found, suspect.layer, evidence.row, step, suspect.layer.cache(1, length), expected)
+    return _compare(found, suspect, evidence.row, step, suspect.layer.cache(1, length), expected)
 
 
 def _through_cache(found: Divergence, suspect: Suspect, evidence: Evidence) -> Divergence | None:
@@ -77,7 +79,7 @@ def _through_cache(found: Divergence, suspect: Suspect, evidence: Evidence) -> D
     caches = [layer.cache(1, length) for layer in (suspect.before, suspect.layer)]
     for step in main_steps(evidence.prompt, length - evidence.prompt, 2, length):
         expected = _common(suspect.before, suspect.layer, evidence.row, step, caches[0])
-        if refined := _compare(found, suspect.layer, evidence.row, step, caches[1], expected):
+        if refined := _compare(found, suspect, evidence.row, step, caches[1], expected):
             return refined
     return None
 
@@ -90,7 +92,7 @@ def _at_the_end(found: Divergence, suspect: Suspect, evidence: Evidence) -> Dive
     step = Step.single(start, length - start)
     caches = [layer.filled_cache(*evidence.past, length) for layer in (suspect.before, suspect.layer)]
     expected = _common(suspect.before, suspect.layer, evidence.long_row, step, caches[0])
-    return _compare(found, suspect.layer, evidence.long_row, step, caches[1], expected)
+    return _compare(found, suspect, evidence.long_row, step, caches[1], expected)
 
 
 def _common(before: GraphLayer, layer: GraphLayer, row: np.ndarray, step: Step, cache: SliceCache) -> Feeds:
@@ -101,9 +103,10 @@ def _common(before: GraphLayer, layer: GraphLayer, row: np.ndarray, step: Step, 
 
 
 def _compare(
-    found: Divergence, layer: GraphLayer, row: np.ndarray, step: Step, cache: SliceCache, expected: Feeds
+    found: Divergence, suspect: Suspect, row: np.ndarray, step: Step, cache: SliceCache, expected: Feeds
 ) -> Divergence | None:
     """The first of the expected values, in the order of computation, that the layer computes differently."""
+    layer, limit = suspect.layer, suspect.limit
     feeds = {**layer.weights, "hidden": step.gather([row]), **cache.feeds(step)}
     order = [name for name in _producers(layer) if name in expected]
     try:
@@ -113,7 +116,6 @@ def _compare(
         fetch = _PartialRun(layer.compiled.body, feeds)
     equal: set[str] = set()
     errors = {name: _aligned_error(expected[name], fetch, name) for name in order}
-    limit = local_error(layer.config)
     for name, error in errors.items():
         if within(error, limit):
             equal.add(name)

@@ -7,7 +7,7 @@ With `RecipeValues` the same code is the simulation of a recipe: its rounded wei
 the eager model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,17 @@ from transformers import LlamaConfig
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from calibration.coverage import kernel_group
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
 from exporter.core.recipe import Precision
 from exporter.core.weights import row_chunks
 from exporter.parity.activations import round_activations
-from exporter.parity.cache_values import RoundedCache
-from exporter.parity.weight_values import StoredValues, WeightValues, read_whole, row_ranges, rows_of
+from exporter.parity.cache_values import RoundedCache, Scales
+from exporter.parity.weight_values import RoundingOf, StoredValues, WeightValues, read_whole, row_ranges, rows_of
 from targets.base import ActivationRounding
 
 CHUNK = 128
-
-RoundingOf = Callable[[Precision], ActivationRounding | None]
-"""How engines of a target round the inputs of a matrix of that precision: `Target.activation_rounding`."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,10 @@ class LayerOutput:
 class EagerModel:
     """The eager model of a checkpoint, holding at most one layer's weights or a few rows of the vocabulary.
 
-    `values` says which numbers its weights have (default: the checkpoint's). `activation_rounding`, the target's,
-    says for the precision of a matrix how its inputs are rounded to int8, as engines with integer kernels do;
-    `kv_cache` rounds the keys and values that attention sees to that storage.
+    `values` says which numbers its weights have (default: the checkpoint's). `activation_rounding` says for the
+    precision of a matrix how its inputs are rounded, as the recipe asks or as a target's engines do it, where it takes
+    a scale from calibration, `input_scales` has it by module; `kv_cache` rounds the keys and values that attention
+    sees to that storage, with `kv_scales` of each layer where they are calibrated.
     """
 
     def __init__(
@@ -55,27 +54,31 @@ class EagerModel:
         values: WeightValues | None = None,
         *,
         activation_rounding: RoundingOf | None = None,
+        input_scales: Mapping[str, float] | None = None,
         kv_cache: str = "fp32",
+        kv_scales: Mapping[int, Scales] | None = None,
         chunk: int = CHUNK,
     ) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.values = values or StoredValues(checkpoint)
         self.activation_rounding = activation_rounding
+        self.input_scales = input_scales or {}
         self.kv_cache = kv_cache
+        self.kv_scales = kv_scales or {}
         self.chunk = chunk
         self._llama = eager_config(self.config)
         self._rotary = LlamaRotaryEmbedding(self._llama)
 
     @property
-    def integer_activations(self) -> bool:
-        """Whether inputs of matrices are rounded to int8."""
+    def rounds_activations(self) -> bool:
+        """Whether inputs of matrices are rounded."""
         return self.activation_rounding is not None
 
     @property
     def rounds(self) -> bool:
         """Whether values are rounded on the way: two faithful computations may then part by whole steps."""
-        return self.integer_activations or self.kv_cache != "fp32"
+        return self.rounds_activations or self.kv_cache != "fp32"
 
     def embed(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Hidden states [S, H] of each row of ids [S]; reads only the embedding rows that occur."""
@@ -89,9 +92,9 @@ class EagerModel:
         prefix = f"model.layers.{index}."
         shapes = {n.removeprefix(prefix): s for n, s in self.config.tensor_shapes.items() if n.startswith(prefix)}
         tensors = {name: self._tensor("layer", prefix + name, shape) for name, shape in shapes.items()}
-        return self.layer_of(tensors, prefix)
+        return self.layer_of(tensors, prefix, self.kv_scales.get(index))
 
-    def layer_of(self, tensors: dict[str, np.ndarray], prefix: str) -> "EagerLayer":
+    def layer_of(self, tensors: dict[str, np.ndarray], prefix: str, kv_scales: Scales | None = None) -> "EagerLayer":
         """A decoder layer from arrays by relative name (`mlp.up_proj.weight`), which it shares, not copies."""
         with torch.device("meta"):
             module = LlamaDecoderLayer(self._llama, layer_idx=0)
@@ -100,7 +103,7 @@ class EagerModel:
         module.requires_grad_(False).eval()
         self._round_inputs(module, prefix)
         named = {prefix + name: array for name, array in tensors.items()}
-        return EagerLayer(module, self._rotary, self.chunk, named, self.kv_cache)
+        return EagerLayer(module, self._rotary, self.chunk, named, self.kv_cache, kv_scales)
 
     def boundaries(self, rows: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
         """The residual stream [S, H] of each row of ids: entering layer 0, 1, ..., then leaving the last layer."""
@@ -115,7 +118,7 @@ class EagerModel:
         """(start, stop, logits [R, stop - start]) over the vocabulary, for hidden [R, H] leaving the last layer."""
         x = torch.from_numpy(self.normalise(hidden))
         name = self.config.head_source
-        rounding = self._rounding("head", name)
+        rounding = self._rounding("head", name, "lm_head")
         if rounding:
             x = rounding(x)
         for start, stop in self.column_ranges:
@@ -141,17 +144,18 @@ class EagerModel:
 
     def _round_inputs(self, module: torch.nn.Module, prefix: str) -> None:
         for name, child in module.named_modules():
-            rounding = self._rounding("layer", f"{prefix}{name}.weight") if isinstance(child, torch.nn.Linear) else None
+            path = f"{prefix}{name}"
+            rounding = self._rounding("layer", f"{path}.weight", path) if isinstance(child, torch.nn.Linear) else None
             if rounding:
                 child.register_forward_pre_hook(rounding.hook)
 
-    def _rounding(self, part: str, name: str) -> "_RoundInput | None":
+    def _rounding(self, part: str, name: str, module: str) -> "_RoundInput | None":
         """What happens to the input of a matrix; None where nothing does."""
         if self.activation_rounding is None:
             return None
         precision = self.values.precision(part, name)
         how = self.activation_rounding(precision)
-        return _RoundInput(precision.group_size, how) if how and precision.group_size else None
+        return _RoundInput(precision, how, self.input_scales.get(module)) if how else None
 
     def _tensor(self, part: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return read_whole(lambda start, stop: self.values.read(part, name, start, stop), shape)
@@ -159,13 +163,14 @@ class EagerModel:
 
 @dataclass(frozen=True)
 class _RoundInput:
-    """Rounds the input of a matrix to int8, for groups of `group` columns."""
+    """Rounds the input of a matrix of a precision; `scale` where it comes from calibration."""
 
-    group: int
+    precision: Precision
     how: ActivationRounding
+    scale: float | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return round_activations(x, self.group, self.how)
+        return round_activations(x, kernel_group(self.precision, x.shape[-1]), self.how, self.scale)
 
     def hook(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """A forward pre-hook."""
@@ -182,19 +187,20 @@ class EagerLayer:
         chunk: int,
         tensors: dict[str, np.ndarray],
         kv_cache: str = "fp32",
+        kv_scales: Scales | None = None,
     ) -> None:
         self.module = module
         self.tensors = tensors
         self._rotary = rotary
         self._chunk = chunk
-        self._kv_cache = kv_cache
+        self._kv_cache, self._kv_scales = kv_cache, kv_scales
 
     @torch.inference_mode()
     def run(
         self, hidden: np.ndarray, past: tuple[np.ndarray, np.ndarray] | None = None, chunk: int | None = None
     ) -> LayerOutput:
         """hidden [S, H] of one row, after a cached prefix (keys, values [Hkv, P, D]) if given."""
-        cache = DynamicCache() if self._kv_cache == "fp32" else RoundedCache(self._kv_cache)
+        cache = DynamicCache() if self._kv_cache == "fp32" else RoundedCache(self._kv_cache, self._kv_scales)
         start = 0
         if past is not None:
             keys, values = (torch.from_numpy(np.ascontiguousarray(part))[None] for part in past)

@@ -24,8 +24,13 @@ class Check:
     def passed(self) -> bool:
         return self.limit is None if self.value is None else within(self.value, self.limit)
 
+    @property
+    def verdict(self) -> bool | None:
+        """None where it was not run."""
+        return None if self.value is None and self.passed else self.passed
+
     def to_json(self) -> dict[str, Any]:
-        data = {"name": self.name, "value": finite(self.value), "limit": self.limit, "passed": self.passed}
+        data = {"name": self.name, "value": finite(self.value), "limit": self.limit, "passed": self.verdict}
         return {**data, "stage": self.stage} | ({"note": self.note} if self.note else {})
 
 
@@ -84,14 +89,21 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Proof:
-    """What stands behind a pass. None: not run; never counted as passed."""
+    """What stands behind a pass. None: not run; never counted as passed. `simulation`: whether the engine equals the
+    simulation of its quantization, slice by slice."""
 
     graph_parity: bool | None
     built_by: str
     engine_run: bool | None
+    simulation: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"graph_parity": self.graph_parity, "built_by": self.built_by, "engine_run": self.engine_run}
+        return {
+            "graph_parity": self.graph_parity,
+            "built_by": self.built_by,
+            "engine_run": self.engine_run,
+            "simulation": self.simulation,
+        }
 
 
 @dataclass(frozen=True)
@@ -130,13 +142,22 @@ class VerifyReport:
         lines = [f"parity {self.verdict}: {self.recipe} on {self.target}"]
         if not_run := self.facts.get("engine_not_run"):
             lines.append(f"  THE ENGINE ITSELF WAS NOT RUN: {not_run}")
+        if self.unsimulated:
+            lines.append("  held to eager alone: the checks against its simulated quantization were not run, which")
+            lines.append("  need the file of quantization parameters (--qparams)")
         if self.first_divergence:
             lines.append(f"  first divergence: {self.first_divergence.describe()}")
         for check in self.failures or self.checks:
-            value = "not measured" if check.value is None else f"{check.value:.3g}"
+            value = "not run" if check.value is None else f"{check.value:.3g}"
             limit = "reported" if check.limit is None else f"limit {check.limit:.3g}"
+            limit = limit if check.value is not None or check.limit is not None else ""
             lines.append(f"  {check.name:<30}{value:>12}  {limit}" + ("" if check.passed else "  FAILED"))
         return "\n".join(lines)
+
+    @property
+    def unsimulated(self) -> bool:
+        """Whether an engine ran without a simulation of its quantization beside it."""
+        return self.proof.engine_run is True and self.proof.simulation is None
 
     @property
     def verdict(self) -> str:

@@ -5,20 +5,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from calibration.weight_rows import WeightRows
 from exporter.core.canonical import CanonicalModel, Slice
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.recipe import Recipe
+from exporter.parity.activations import asked_rounding
+from exporter.parity.basis import residual_basis
 from exporter.parity.graph_slice import GraphLayer, SliceFailed, SliceRunner
 from exporter.parity.head_check import faulty_operator
 from exporter.parity.inputs import ParityInputs
 from exporter.parity.limits import FP32, eager_limits
+from exporter.parity.local_check import EagerStep
 from exporter.parity.localise import Evidence, Suspect, localise
 from exporter.parity.reference import EagerLayer, EagerModel
 from exporter.parity.report import Divergence, StageResult
 from exporter.parity.scoring import Advance, Expectation, Recorder, columns, take
-from exporter.parity.track import EagerStep, SlicedModel, StageTrack
+from exporter.parity.track import SlicedModel, StageTrack
 from exporter.parity.weight_values import RecipeValues, WeightPrecisions
-from targets.base import RowReader
+from exporter.recipe_numbers import RecipeNumbers
 
 
 @dataclass(frozen=True)
@@ -49,32 +53,50 @@ def verify_stages(
     traced: SlicedModel,
     fused: CanonicalModel,
     quantized: CanonicalModel,
-    rows: RowReader,
+    numbers: RecipeNumbers,
     recipe: Recipe,
     inputs: ParityInputs,
     advance: Advance,
 ) -> StageResults:
     """Hold the graphs of every stage to the eager model.
 
-    `rows` reads weights at their precision, as the build does; `quantized` is the canonical model after the recipe
-    (left out as a stage of its own where the recipe changes no weight). A stage that diverges, and those after it,
-    stop there; the earlier ones go on, so that the first faulty stage is named. `advance(fraction, detail)` reports
-    progress.
+    `numbers` are what the build quantizes with; `quantized` is the canonical model after the recipe (left out as a
+    stage of its own where the recipe changes no weight). A stage that diverges, and those after it, stop there; the
+    earlier ones go on, so that the first faulty stage is named. `advance(fraction, detail)` reports progress.
     """
-    precisions = WeightPrecisions.from_model(quantized)
+    precisions, transformed = WeightPrecisions.from_model(quantized), numbers.checkpoint is not checkpoint
     reference = EagerModel(checkpoint, chunk=inputs.plan.chunk)
+    rows = WeightRows(checkpoint) if transformed else numbers.rows
     tracks = [
         StageTrack(stage, model, SliceRunner(checkpoint.config, rows), reference, FP32, inputs, lossless=True)
         for stage, model in (("trace", traced), ("fuse", fused))
     ]
-    if not precisions.lossless:
-        rounded = EagerModel(checkpoint, RecipeValues(rows, precisions), chunk=inputs.plan.chunk)
-        runner = SliceRunner(checkpoint.config, rows)
-        limits = eager_limits(recipe)
-        tracks.append(StageTrack("quantize", quantized, runner, rounded, limits, inputs, lossless=False))
+    if transformed or not precisions.lossless:
+        tracks.append(_quantized_track(quantized, precisions, numbers, recipe, inputs, transformed))
     expectation = _StageRun(reference, tracks, inputs, advance).run()
     faulty = next((i for i, track in enumerate(tracks) if not track.going), len(tracks))
     return StageResults(tuple(track.result() for track in tracks[: faulty + 1]), expectation)
+
+
+def _quantized_track(
+    model: CanonicalModel,
+    precisions: WeightPrecisions,
+    numbers: RecipeNumbers,
+    recipe: Recipe,
+    inputs: ParityInputs,
+    transformed: bool,
+) -> StageTrack:
+    """Beside the eager model with the recipe's weights, its inputs rounded as the recipe asks."""
+    rounded = EagerModel(
+        numbers.checkpoint,
+        RecipeValues(numbers.rows, precisions),
+        activation_rounding=precisions.rounding(asked_rounding),
+        input_scales=numbers.input_scales,
+        chunk=inputs.plan.chunk,
+    )
+    runner = SliceRunner(numbers.checkpoint.config, numbers.rows)
+    basis = residual_basis(numbers.checkpoint) if transformed else None
+    return StageTrack("quantize", model, runner, rounded, eager_limits(recipe), inputs, lossless=False, basis=basis)
 
 
 class _StageRun:
@@ -115,7 +137,8 @@ class _StageRun:
         tracks = self._going()
         if not tracks:
             return
-        exact = take(hidden, tracks[0].inputs_scored)
+        scored = tracks[0].inputs_scored
+        exact = take(hidden, scored)
         checks = {track.stage: track.head_check(hidden, self.reference) for track in tracks}
         for block in columns(self.reference, exact):
             for track in self._going():
@@ -126,7 +149,7 @@ class _StageRun:
         for track in self._going():
             track.finish(checks[track.stage])
             if track.divergence is not None:
-                self._blame_head(track, exact)
+                self._blame_head(track, take(track.final_states(hidden), scored))
 
     def _blame_head(self, track: StageTrack, exact: np.ndarray) -> None:
         found = faulty_operator(track.runner, track.model.head, exact, track.expected.normalise(exact))
@@ -154,29 +177,34 @@ class _StageRun:
         return after
 
     def _advance_track(self, track: StageTrack, step: EagerStep, local: EagerLayer) -> None:
+        own = step if track.basis is None else None
         try:
-            track.advance(step, local)
+            own = track.advance(step, local)
         except SliceFailed as error:
             track.fail(step.index, str(error))
-        if track.divergence is not None:
-            track.divergence = self._localise(track, track.divergence, step, local)
+        if track.divergence is not None and own is not None:
+            track.divergence = self._localise(track, track.divergence, own, local)
 
     def _localise(self, track: StageTrack, found: Divergence, step: EagerStep, local: EagerLayer) -> Divergence:
         piece = track.model.layers[step.index]
         layer = _layer_of(track, piece, local)
         if layer is None:
             return found
-        position = self.tracks.index(track)
-        before = None
-        if position:
-            previous = self.tracks[position - 1]
-            # The stage before, with this stage's weights: what is left to differ is the graph.
-            before = previous.runner.layer(previous.model.layers[step.index], local.tensors)
         length = len(step.before[0])
         start = length - self.inputs.tail
         past = (step.after[0].keys[:, :start], step.after[0].values[:, :start])
         evidence = Evidence(step.before[1], self.inputs.ragged_prompts[0], step.before[0], past)
-        return localise(found, Suspect(piece, layer, before, local), evidence)
+        suspect = Suspect(piece, layer, self._before(track, step.index, local), local, track.local_limit)
+        return localise(found, suspect, evidence)
+
+    def _before(self, track: StageTrack, index: int, local: EagerLayer) -> GraphLayer | None:
+        """The layer of the stage before, with this stage's weights: what is left to differ is the graph. None where
+        the stage rounds activations, which the one before does not."""
+        position = self.tracks.index(track)
+        if not position or track.expected.rounds:
+            return None
+        previous = self.tracks[position - 1]
+        return previous.runner.layer(previous.model.layers[index], local.tensors)
 
 
 def _layer_of(track: StageTrack, piece: Slice, local: EagerLayer) -> GraphLayer | None:

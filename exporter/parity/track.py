@@ -6,22 +6,25 @@ local reference is the eager layer with the recipe's rounded weights: a lossless
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from exporter.core.canonical import Slice
-from exporter.parity.graph_slice import GraphLayer, SliceRunner
+from exporter.parity.graph_slice import SliceRunner
 from exporter.parity.head_check import HeadCheck
 from exporter.parity.inputs import ParityInputs
-from exporter.parity.limits import CHAINED_ERROR, EagerLimits, local_error, within
+from exporter.parity.limits import CHAINED_ERROR, SIMULATION_COARSE, EagerLimits, local_error, within
+from exporter.parity.local_check import EagerStep, local_error_of
 from exporter.parity.metrics import ErrorSums, LogitMetrics, relative_l2_error
-from exporter.parity.reference import EagerLayer, EagerModel, LayerOutput
+from exporter.parity.reference import EagerLayer, EagerModel
 from exporter.parity.report import Check, Divergence, StageResult, eager_checks
-from exporter.parity.schedule import Step, main_steps, ragged_steps
+from exporter.parity.schedule import main_steps, ragged_steps
 from exporter.parity.scoring import Scored, scored_positions, take, targets
+
+Basis = Callable[[np.ndarray], np.ndarray]
+"""Hidden states [.., H] of eager as they stand in a model whose residual stream was transformed."""
 
 
 class SlicedModel(Protocol):
@@ -37,21 +40,14 @@ class SlicedModel(Protocol):
     def head(self) -> Slice: ...
 
 
-@dataclass(frozen=True)
-class EagerStep:
-    """One eager layer at work: hidden states of all rows before it, and what it makes of each row."""
-
-    index: int
-    layer: EagerLayer | None
-    before: list[np.ndarray]
-    after: list[LayerOutput]
-
-
 class StageTrack:
     """One stage on its way through the layers.
 
-    `expected` is the eager model with the weights this stage should have; `limits` is the row that its logits are
-    held to against the reference; `lossless` also holds its hidden states to rounding.
+    `expected` is the eager model with the weights this stage should have, and its roundings of activations; `limits` is
+    the row that its logits are held to against the reference; `lossless` also holds its hidden states to rounding.
+    `basis` is for stages whose weights went through transforms: their hidden states, keys and values are others than
+    eager's, so local inputs come from `expected` itself, and eager's hidden states are turned by `basis` before they
+    are compared with the stage's own.
     """
 
     def __init__(
@@ -64,18 +60,22 @@ class StageTrack:
         inputs: ParityInputs,
         *,
         lossless: bool,
+        basis: Basis | None = None,
     ) -> None:
         self.stage, self.model, self.runner, self.expected = stage, model, runner, expected
         self.limits, self.inputs, self.lossless = limits, inputs, lossless
-        self.local_limit = local_error(expected.config)
+        self.basis = basis
+        self.local_limit = SIMULATION_COARSE if expected.rounds else local_error(expected.config)
         plan = inputs.plan
         self.main_steps = main_steps(inputs.prefill, inputs.decode, plan.single_steps, plan.chunk)
         self.ragged_steps = ragged_steps(inputs.ragged_prompts, inputs.ragged_steps)
         self.layer_errors: list[float] = []
         self.local_errors: list[float] = []
+        self.flips: list[float] = []
         self.divergence: Divergence | None = None
         self.metrics: LogitMetrics | None = None
         self._hidden: list[np.ndarray] = []
+        self._states: list[np.ndarray] = []
 
     @property
     def going(self) -> bool:
@@ -85,14 +85,20 @@ class StageTrack:
         """The embedding slice, against the expected embedding and the reference's."""
         found = self.runner.embed(self.model.embedding, self.inputs.rows)
         expected = self.expected.embed(self.inputs.rows)
+        self._states = expected if self.basis else []
         self._record_local(_error(expected, found), None, "embedding")
         self._hidden = [found[0][: self.inputs.main_length], *found[1:]]
         self._record_chained(self._own(reference), None)
 
-    def advance(self, step: EagerStep, local: EagerLayer) -> None:
-        """Layer `step.index`; `local` is the same layer with this stage's weights."""
+    def advance(self, step: EagerStep, local: EagerLayer) -> EagerStep:
+        """Layer `step.index`; `local` is the same layer with this stage's weights. Returns where local inputs came
+        from: the step itself, or that of `expected` where its basis is another."""
         layer = self.runner.layer(self.model.layers[step.index], local.tensors)
-        self._record_local(self._local_error(layer, step, local), step.index)
+        own = self._own_step(step, local)
+        found = local_error_of(layer, own, local, self.inputs, self.ragged_steps, self.expected.rounds)
+        self.flips.append(found.flips)
+        self._record_local(found.value, step.index)
+        self._states = [out.hidden for out in own.after] if self.basis else []
         main, *ragged = self._hidden
         capacity = self.inputs.main_length
         self._hidden = [
@@ -100,6 +106,16 @@ class StageTrack:
             *layer.run(ragged, self.ragged_steps, layer.cache(len(ragged), self._ragged_capacity)),
         ]
         self._record_chained(self._own([out.hidden for out in step.after]), step.index)
+        return own
+
+    def _own_step(self, step: EagerStep, local: EagerLayer) -> EagerStep:
+        if self.basis is None:
+            return step
+        return EagerStep(step.index, local, self._states, [local.run(row) for row in self._states])
+
+    def final_states(self, hidden: list[np.ndarray]) -> list[np.ndarray]:
+        """What enters the head where it is looked at alone; `hidden` is the reference's."""
+        return self._states if self.basis else hidden
 
     def head_check(self, hidden: list[np.ndarray], reference: EagerModel) -> HeadCheck:
         """The check of the head, to be fed with the reference's logits of `head_positions`; then `finish`."""
@@ -107,7 +123,12 @@ class StageTrack:
         expected = None if self.expected is reference else self.expected
         following = targets(self.inputs, scored)
         return HeadCheck(
-            self.runner, self.model.head, take(self._hidden, scored), take(hidden, scored), expected, following
+            self.runner,
+            self.model.head,
+            take(self._hidden, scored),
+            take(self.final_states(hidden), scored),
+            expected,
+            following,
         )
 
     @property
@@ -128,6 +149,8 @@ class StageTrack:
         checks = [Check("local_error", max(self.local_errors, default=None), self.local_limit, self.stage)]
         if self.lossless:
             checks.append(Check("hidden_error", max(self.layer_errors, default=None), CHAINED_ERROR, self.stage))
+        if self.expected.rounds:
+            checks.append(Check("rounding_flips", max(self.flips, default=None), None, self.stage))
         if self.metrics is not None:
             checks.extend(eager_checks(self.metrics, self.limits, self.stage))
         return StageResult(
@@ -139,33 +162,8 @@ class StageTrack:
         return max(int((step.starts + step.width).max()) for step in self.ragged_steps)
 
     def _own(self, reference: list[np.ndarray]) -> list[np.ndarray]:
-        return [reference[0][: self.inputs.main_length], *reference[1:]]
-
-    def _local_error(self, layer: GraphLayer, step: EagerStep, local: EagerLayer) -> float:
-        """Ragged prompts, decode steps and the last positions of the long row, all from the reference's values.
-
-        The largest relative L2 of hidden states, keys and values: a fault before attention shows in keys and values
-        even where it drowns in the residual.
-        """
-        rows, sums = step.before[1:], (ErrorSums(), ErrorSums(), ErrorSums())
-        cache = layer.cache(len(rows), self._ragged_capacity)
-        found = layer.run(rows, self.ragged_steps, cache)
-        for b, row in enumerate(found):
-            expected = step.after[b + 1] if local is step.layer else local.run(rows[b])
-            _add(sums, expected, LayerOutput(row, *cache.held(b, len(row))))
-        long_row, eager = step.before[0], step.after[0]
-        start = len(long_row) - self.inputs.tail
-        past = (eager.keys[:, :start], eager.values[:, :start])
-        if local is not step.layer:
-            eager = local.run(long_row[start:], past)
-        # The keys and values before are the same array on both sides.
-        tail = layer.filled_cache(*past, len(long_row))
-        found = layer.run([long_row], [Step.single(start, self.inputs.tail)], tail)
-        new = slice(start, None)
-        exact = LayerOutput(eager.hidden[-self.inputs.tail :], eager.keys[:, new], eager.values[:, new])
-        keys, values = tail.held(0, len(long_row))
-        _add(sums, exact, LayerOutput(found[0][new], keys[:, new], values[:, new]))
-        return max(each.value for each in sums)
+        turned = [self.basis(row) for row in reference] if self.basis else reference
+        return [turned[0][: self.inputs.main_length], *turned[1:]]
 
     def _record_local(self, error: float, index: int | None, part: str = "layer") -> None:
         self.local_errors.append(error)
@@ -187,9 +185,3 @@ def _error(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float
     for exact, row in zip(expected, found, strict=True):
         sums.add(exact, row)
     return sums.value
-
-
-def _add(sums: tuple[ErrorSums, ErrorSums, ErrorSums], expected: LayerOutput, found: LayerOutput) -> None:
-    sums[0].add(expected.hidden, found.hidden)
-    sums[1].add(expected.keys, found.keys)
-    sums[2].add(expected.values, found.values)

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from calibration.weight_rows import WeightRows
 from exporter.core.canonical import CanonicalModel
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.progress import Progress
 from exporter.core.recipe import Recipe
 from exporter.core.traced import TracedModel
 from exporter.memory import release_free_memory
-from exporter.parity.engine import EngineResult, verify_engine
+from exporter.parity.basis import residual_basis
+from exporter.parity.engine import EngineResult, Unsimulated, verify_engine
 from exporter.parity.inputs import ParityInputs, ParityPlan, parity_inputs, read_text
 from exporter.parity.limits import eager_limits
 from exporter.parity.metrics import relative_l2_error
@@ -30,7 +30,8 @@ from exporter.parity.scoring import (
 )
 from exporter.parity.stages import StageResults, verify_stages
 from exporter.parity.weight_values import RecipeValues, WeightPrecisions
-from targets.base import Limits, RowReader, Runner, RunOptions, Target, built_by
+from exporter.recipe_numbers import RecipeNumbers, plain_numbers
+from targets.base import Limits, Runner, RunOptions, Target, built_by
 
 
 @dataclass(frozen=True)
@@ -63,23 +64,23 @@ def verify_build(
     traced: TracedModel,
     fused: CanonicalModel,
     quantized: CanonicalModel,
-    rows: RowReader,
+    numbers: RecipeNumbers,
     progress: Progress,
     not_run: str = "",
 ) -> VerifyReport:
     """Hold every stage's graphs to eager, then the engine. Raises ParityError, with the report, if a gate fails.
 
-    `rows` is the reader that the engine was built with. A failed stage ends the verification there. `not_run` says why
+    `numbers` are those that the engine was built with. A failed stage ends the verification there. `not_run` says why
     the engine cannot run here, if it cannot: its simulation is held to eager's limits instead, and the proof says so.
     """
     inputs = engine.inputs()
     stages = verify_stages(
-        engine.checkpoint, traced, fused, quantized, rows, engine.recipe, inputs, _part(progress, 0.0, 0.5)
+        engine.checkpoint, traced, fused, quantized, numbers, engine.recipe, inputs, _part(progress, 0.0, 0.5)
     )
     if not stages.passed or stages.reference is None:
         report = _report(engine, inputs, stages)
     else:
-        simulation = _simulation(engine, stages.reference.model, rows)
+        simulation = _simulation(engine, stages.reference.model, numbers)
         if not_run:
             simulated = _simulated(engine, stages.reference, simulation, inputs, _part(progress, 0.5, 1.0))
             report = _report(engine, inputs, replace(stages, stages=(*stages.stages, *simulated)), not_run=not_run)
@@ -90,34 +91,53 @@ def verify_build(
     return report
 
 
-def verify_artifact(engine: EngineUnderTest, progress: Progress) -> VerifyReport:
+def verify_artifact(engine: EngineUnderTest, progress: Progress, numbers: RecipeNumbers | None = None) -> VerifyReport:
     """Hold an engine to eager and to a simulation made from the checkpoint anew; nothing is traced.
 
-    Returns the report, passed or not; `require_passed` raises. What graphs the engine came from is not looked at.
+    `numbers` are those of a calibrated recipe; without them such an engine is held to eager alone, and the report says
+    so. Returns the report, passed or not; `require_passed` raises. What graphs the engine came from is not looked at.
     """
     inputs = engine.inputs()
     reference = expect(EagerModel(engine.checkpoint), inputs, _part(progress, 0.0, 0.4))
-    simulation = _simulation(engine, reference.model, WeightRows(engine.checkpoint))
+    if numbers is None and not engine.recipe.calibrated:
+        numbers = plain_numbers(engine.checkpoint)
+    simulation = _simulation(engine, reference.model, numbers) if numbers else _unsimulated(engine)
     result = _run(engine, reference, simulation, inputs, _part(progress, 0.4, 0.9))
-    if result.passed or not result.faithful:
+    if result.passed or not result.faithful or isinstance(simulation, Unsimulated):
         return _report(engine, inputs, None, result)
     # The recipe is to blame: where, takes another walk, so it is done only now.
     rounded = expect(simulation, inputs, _part(progress, 0.9, 1.0))
     return _report(engine, inputs, None, result, _recipe_errors(reference, rounded))
 
 
-def _simulation(engine: EngineUnderTest, reference: EagerModel, rows: RowReader) -> EagerModel:
+def _simulation(engine: EngineUnderTest, reference: EagerModel, numbers: RecipeNumbers) -> EagerModel:
     """The eager model with the recipe's weights and cache; the reference itself where the recipe changes nothing."""
-    precisions, cache = WeightPrecisions.from_recipe(engine.recipe, engine.checkpoint.config), engine.recipe.kv_cache
-    if precisions.lossless and cache == "fp32":
+    precisions, cache = WeightPrecisions.from_recipe(engine.recipe, numbers.checkpoint.config), engine.recipe.kv_cache
+    if precisions.lossless and cache == "fp32" and numbers.checkpoint is engine.checkpoint:
         return reference
-    values = None if precisions.lossless else RecipeValues(rows, precisions)
-    rounding = engine.target.activation_rounding if precisions.has_integers else None
-    return EagerModel(engine.checkpoint, values, activation_rounding=rounding, kv_cache=cache)
+    return EagerModel(
+        numbers.checkpoint,
+        None if precisions.lossless else RecipeValues(numbers.rows, precisions),
+        activation_rounding=precisions.rounding(engine.target.activation_rounding),
+        input_scales=numbers.input_scales,
+        kv_cache=cache,
+        kv_scales=numbers.kv_scales,
+    )
+
+
+def _unsimulated(engine: EngineUnderTest) -> Unsimulated:
+    """Why the engine of a calibrated recipe cannot be simulated from the checkpoint alone."""
+    precisions = WeightPrecisions.from_recipe(engine.recipe, engine.checkpoint.config)
+    why = "not run: the engine's quantization parameters are needed, give them with --qparams"
+    return Unsimulated(why, precisions.rounding(engine.target.activation_rounding) is not None)
 
 
 def _run(
-    engine: EngineUnderTest, reference: Expectation, simulation: EagerModel, inputs: ParityInputs, advance: Advance
+    engine: EngineUnderTest,
+    reference: Expectation,
+    simulation: EagerModel | Unsimulated,
+    inputs: ParityInputs,
+    advance: Advance,
 ) -> EngineResult:
     return verify_engine(engine.open, reference, simulation, inputs, engine.recipe, engine.limits.max_batch, advance)
 
@@ -142,9 +162,10 @@ def _simulated(
 
 
 def _recipe_errors(reference: Expectation, simulation: Expectation) -> list[float]:
-    """Relative L2 of the simulation's residual stream to eager's at every boundary."""
+    """Relative L2 of the simulation's residual stream to eager's, in the simulation's basis, at every boundary."""
+    turned = residual_basis(simulation.model.checkpoint)
     pairs = zip(reference.probe, simulation.probe, strict=True)
-    return [relative_l2_error(exact, rounded) for exact, rounded in pairs]
+    return [relative_l2_error(turned(exact), rounded) for exact, rounded in pairs]
 
 
 def _report(
@@ -161,6 +182,7 @@ def _report(
     if result:
         shown = (*shown, result.stage)
     failed = next((stage for stage in shown if not stage.passed), None)
+    simulated = None if result is None or result.unsimulated else result.faithful
     checks = result.checks if result else (failed.checks if failed else shown[-1].checks)
     return VerifyReport(
         target=engine.target.name,
@@ -168,7 +190,7 @@ def _report(
         perplexity_reference=result.metrics.perplexity_reference if result else np.nan,
         perplexity_engine=result.metrics.perplexity if result else np.nan,
         checks=checks,
-        proof=Proof(stages.passed if stages else None, built_by(engine.target), True if result else None),
+        proof=Proof(stages.passed if stages else None, built_by(engine.target), True if result else None, simulated),
         stages=shown,
         first_divergence=_first(stages, result, recipe_errors),
         positions=result.metrics.positions if result else 0,

@@ -12,8 +12,10 @@ from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.weights import QuantizedRows, read_weight_rows, row_chunks
-from targets.base import RowReader
+from targets.base import ActivationRounding, RowReader
 
+RoundingOf = Callable[[Precision], ActivationRounding | None]
+"""How the inputs of a matrix of that precision are rounded: `Target.activation_rounding`, or what the recipe asks."""
 # Reading 8 extra rows costs less than another read call.
 ROW_GAP = 8
 
@@ -59,7 +61,8 @@ class WeightPrecisions:
         }
         for layer in range(config.num_layers):
             for name, (_, width) in config.linear_shapes.items():
-                wanted[("layer", f"model.layers.{layer}.{name}.weight")] = (recipe.linear, width)
+                asked = recipe.layer_precision(layer, name)
+                wanted[("layer", f"model.layers.{layer}.{name}.weight")] = (asked, width)
         return WeightPrecisions({key: actual_precision(p, width) for key, (p, width) in wanted.items()})
 
     def get(self, part: str, name: str) -> Precision:
@@ -69,9 +72,10 @@ class WeightPrecisions:
     def lossless(self) -> bool:
         return all(precision.kind == "fp32" for precision in self.by_tensor.values())
 
-    @property
-    def has_integers(self) -> bool:
-        return any(precision.is_integer for precision in self.by_tensor.values())
+    def rounding(self, rounding: RoundingOf) -> RoundingOf | None:
+        """The same rounding of activations; None where it leaves the inputs of every matrix alone."""
+        matrices = (precision for (part, _), precision in self.by_tensor.items() if part != "embedding")
+        return rounding if any(rounding(precision) for precision in matrices) else None
 
 
 def _slice_precisions(piece: Slice) -> Iterator[tuple[tuple[str, str], Precision]]:

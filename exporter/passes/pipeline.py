@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from exporter.core.canonical import CanonicalModel, CheckpointWeight, RotaryTable, Slice, Weight
+from exporter.core.canonical import CanonicalModel, CheckpointWeight, Slice, Weight
 from exporter.core.checker import check_canonical
 from exporter.core.config import ModelConfig
 from exporter.core.errors import BudgetError
@@ -123,9 +123,9 @@ def _follow(fused: Slice, piece: Slice) -> Slice:
     old, new = f"model.layers.{fused.index}.", f"model.layers.{piece.index}."
     weights: dict[str, Weight] = {}
     for name, weight in fused.weights.items():
-        if isinstance(weight, RotaryTable):
-            weights[name] = weight
-        else:
+        if isinstance(weight, CheckpointWeight):
             sources = tuple(new + source.removeprefix(old) for source in weight.sources)
             weights[name] = CheckpointWeight(sources, weight.precision)
+        else:
+            weights[name] = weight
     return Slice("layer", piece.index, fused.structure, weights)

@@ -17,6 +17,7 @@ from exporter.parity.inputs import ParityPlan
 from exporter.parity.report import VerifyReport
 from exporter.parity.verify import EngineUnderTest, verify_artifact, verify_build
 from exporter.passes.pipeline import fuse
+from exporter.recipe_numbers import plain_numbers
 from exporter.trace.trace import trace
 from targets.base import BuildSource, Limits, Runner, built_by
 from targets.onnxruntime.target import OnnxRuntimeTarget
@@ -81,7 +82,7 @@ def test_sound_engine_passes(recipe: str, workshop: Workshop) -> None:
     report = verify_artifact(workshop.build(recipe), NoProgress())
     assert report.passed, report.describe()
     assert values(report).keys() >= CONTRACT
-    assert report.proof.engine_run is True
+    assert report.proof.engine_run is report.proof.simulation is True
     assert report.proof.graph_parity is None
     report.require_passed()
 
@@ -89,7 +90,7 @@ def test_sound_engine_passes(recipe: str, workshop: Workshop) -> None:
 def test_whole_build(workshop: Workshop) -> None:
     engine = workshop.build("int4-rtn")
     quantized = apply_recipe(workshop.fused, engine.recipe, workshop.checkpoint.config)
-    rows = WeightRows(workshop.checkpoint)
+    rows = plain_numbers(workshop.checkpoint)
     report = verify_build(engine, workshop.traced, workshop.fused, quantized, rows, NoProgress())
     assert report.proof.graph_parity is True
     assert [stage.stage for stage in report.stages] == ["trace", "fuse", "quantize", "compile"]
@@ -122,11 +123,12 @@ def test_fault_in_the_engine_is_found_in_its_layer(recipe: str, name: str, works
 def test_failed_stage_ends_the_verification(workshop: Workshop) -> None:
     engine = workshop.build("fp32")
     damaged = plant(workshop.fused, 2, FAULTS["swish_is_relu"])
-    rows = WeightRows(workshop.checkpoint)
+    rows = plain_numbers(workshop.checkpoint)
     with pytest.raises(ParityError) as caught:
         verify_build(engine, workshop.traced, damaged, damaged, rows, NoProgress())
     report = caught.value.report
-    assert report["proof"] == {"graph_parity": False, "built_by": built_by(engine.target), "engine_run": None}
+    proof = {"graph_parity": False, "built_by": built_by(engine.target), "engine_run": None, "simulation": None}
+    assert report["proof"] == proof
     assert report["first_divergence"]["layer"] == 2  # type: ignore[index]
 
 
@@ -139,7 +141,7 @@ def test_engine_of_one_row_has_no_ragged_batch(workshop: Workshop) -> None:
 def test_an_engine_for_another_machine_is_proven_by_its_graphs_alone(workshop: Workshop) -> None:
     engine = replace(workshop.build("int4-rtn"), directory=Path("nothing-is-opened"))
     quantized = apply_recipe(workshop.fused, engine.recipe, workshop.checkpoint.config)
-    arguments = (engine, workshop.traced, workshop.fused, quantized, WeightRows(workshop.checkpoint), NoProgress())
+    arguments = (engine, workshop.traced, workshop.fused, quantized, plain_numbers(workshop.checkpoint), NoProgress())
     report = verify_build(*arguments, not_run="it is for another one")
     assert not report.passed and report.proof.engine_run is None and report.proof.graph_parity is True
     assert [stage.stage for stage in report.stages] == ["trace", "fuse", "quantize", "simulate"]
@@ -155,7 +157,7 @@ def test_an_engine_for_another_machine_is_proven_by_its_graphs_alone(workshop: W
 def test_a_recipe_that_loses_too_much_fails_without_an_engine(workshop: Workshop) -> None:
     engine = workshop.build("fp32")
     damaged = plant(workshop.fused, 2, FAULTS["swish_is_relu"])
-    rows = WeightRows(workshop.checkpoint)
+    rows = plain_numbers(workshop.checkpoint)
     with pytest.raises(ParityError) as caught:
         verify_build(engine, workshop.traced, damaged, damaged, rows, NoProgress(), not_run="it is for another one")
     assert caught.value.report["first_divergence"]["layer"] == 2  # type: ignore[index]

@@ -69,7 +69,7 @@ def test_every_cache_has_a_row() -> None:
 def test_a_rounded_cache_is_never_held_tighter_than_none(name: str) -> None:
     for cache in ("fp16", "int8"):
         for integer in (True, False):
-            plain = engine_limits(with_cache(name, "fp32"), integer_activations=integer)
-            rounded = engine_limits(with_cache(name, cache), integer_activations=integer)
+            plain = engine_limits(with_cache(name, "fp32"), rounded_activations=integer)
+            rounded = engine_limits(with_cache(name, cache), rounded_activations=integer)
             assert rounded.simulation >= plain.simulation and rounded.consistency >= plain.consistency
             assert rounded.simulation == (1e-2 if integer else 1e-3)

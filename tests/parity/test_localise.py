@@ -7,13 +7,13 @@ import pytest
 
 from calibration.insert_precision import apply_recipe
 from calibration.presets import preset
-from calibration.weight_rows import WeightRows
 from exporter.core.canonical import CanonicalModel, CheckpointWeight, Slice
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.progress import NoProgress
 from exporter.parity.inputs import ParityInputs, ParityPlan, parity_inputs
 from exporter.parity.stages import StageResults, verify_stages
 from exporter.passes.pipeline import fuse
+from exporter.recipe_numbers import plain_numbers
 from exporter.trace.slices import TracedModel
 from exporter.trace.trace import trace
 from tests.conftest import CheckpointFactory
@@ -33,7 +33,7 @@ class Prepared:
     def run(self, recipe: str = "fp32", **models: CanonicalModel) -> StageResults:
         fused = models.get("fused", self.fused)
         quantized = models.get("quantized", apply_recipe(fused, preset(recipe), self.checkpoint.config))
-        rows = WeightRows(self.checkpoint)
+        rows = plain_numbers(self.checkpoint)
         return verify_stages(
             self.checkpoint, self.traced, fused, quantized, rows, preset(recipe), self.inputs, NoProgress().advance
         )

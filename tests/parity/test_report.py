@@ -10,7 +10,7 @@ from exporter.parity.limits import within
 from exporter.parity.report import Check, Divergence, Proof, StageResult, VerifyReport
 
 PASSING = (Check("kl_divergence_mean", 0.004, 0.05), Check("top1_agreement", 0.9))
-RUN = Proof(True, "onnxruntime 1.31.1", True)
+RUN = Proof(True, "onnxruntime 1.31.1", True, True)
 
 
 def make(checks: tuple[Check, ...] = PASSING, proof: Proof = RUN, **more: object) -> VerifyReport:
@@ -28,7 +28,8 @@ def test_contract() -> None:
         "stage": "compile",
     }
     assert data["first_divergence"] is None
-    assert data["proof"] == {"graph_parity": True, "built_by": "onnxruntime 1.31.1", "engine_run": True}
+    proof = {"graph_parity": True, "built_by": "onnxruntime 1.31.1", "engine_run": True, "simulation": True}
+    assert data["proof"] == proof
     assert data["perplexity_reference"] == 11.2
 
 

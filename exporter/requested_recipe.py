@@ -1,0 +1,61 @@
+"""The recipe of a build: a preset, a TOML file, or that of a file of quantization parameters, and its overrides."""
+
+from dataclasses import replace
+
+from calibration.presets import DEFAULT_GROUP_SIZE, PRESETS, checked_kv_cache, load_recipe, parse_precision
+from calibration.qparams import QParams
+from exporter.core.errors import InputError
+from exporter.core.recipe import Recipe
+from exporter.options import BuildOptions
+from targets.base import Target
+
+DEFAULT = "fp32"
+PARTS = ("lm_head", "embedding", "kv_cache")
+
+
+def requested_recipe(options: BuildOptions, target: Target, parameters: QParams | None = None) -> Recipe:
+    """The recipe with the options' overrides applied, and the target's choice of what nobody named."""
+    if parameters is not None:
+        return _of_parameters(options, target, parameters.recipe)
+    recipe = load_recipe(
+        options.recipe or DEFAULT,
+        group_size=options.group_size,
+        lm_head=options.lm_head,
+        embedding=options.embedding,
+        kv_cache=options.kv_cache,
+        complete=target.complete,
+    )
+    return _rotated(recipe) if options.calibration.rotate else recipe
+
+
+def _rotated(recipe: Recipe) -> Recipe:
+    """With a rotation before all other algorithms: for recipes whose layers are integers."""
+    if not recipe.linear.is_integer:
+        what = f"--rotate with recipe {recipe.name}, whose layers are {recipe.linear.describe()}"
+        raise InputError("recipe.rotate", what, "a rotation is an option of int4, int6 and int8 recipes")
+    return replace(recipe, algorithms=("rotate", *(name for name in recipe.algorithms if name != "rotate")))
+
+
+def _of_parameters(options: BuildOptions, target: Target, recipe: Recipe) -> Recipe:
+    if options.recipe is not None and (asked := load_recipe(options.recipe).name) != recipe.name:
+        what = f"--recipe {asked} with the quantization parameters of recipe {recipe.name}"
+        raise InputError("qparams.recipe", what, "leave --recipe out, or calibrate with that recipe")
+    if options.group_size is not None:
+        recipe = recipe.with_group_size(options.group_size)
+    group = options.group_size or max(recipe.linear.group_size or 0, 0) or DEFAULT_GROUP_SIZE
+    if options.lm_head is not None:
+        recipe = replace(recipe, lm_head=parse_precision(options.lm_head, group))
+    if options.embedding is not None:
+        recipe = replace(recipe, embedding=parse_precision(options.embedding, group))
+    if options.kv_cache is not None:
+        recipe = replace(recipe, kv_cache=checked_kv_cache(options.kv_cache))
+    return target.complete(recipe, _unnamed(options, recipe))
+
+
+def _unnamed(options: BuildOptions, recipe: Recipe) -> frozenset[str]:
+    """What neither the options name nor whoever calibrated: what is still as the preset has it."""
+    listed = PRESETS.get(recipe.name)
+    open_parts = {part for part in PARTS if getattr(options, part) is None}
+    if listed is None:
+        return frozenset(open_parts & ({"kv_cache"} if recipe.kv_cache == "fp32" else set()))
+    return frozenset(part for part in open_parts if getattr(recipe, part) == getattr(listed.recipe, part))
