@@ -13,6 +13,10 @@ from targets.onnxruntime.weight_file import QuantizedMatrix
 # Activations are quantized to int8 block by block, so that the VNNI kernels run (MatMulNBits, accuracy_level).
 INT8_ACTIVATIONS = 4
 NF4 = 1
+# 64 MB of float32; a head of 128k rows would take 1 GB and more in one piece.
+MOST_DECODED = 1 << 24
+# Parts whose codes start on pages are mapped, not read.
+ROWS_TOGETHER = 64
 
 
 def matmul(low: SliceLowering, x: ir.Value, matrix: Matrix, bias: ir.Value | None) -> ir.Value:
@@ -22,14 +26,37 @@ def matmul(low: SliceLowering, x: ir.Value, matrix: Matrix, bias: ir.Value | Non
     name, precision = matrix.name.removesuffix(".weight"), matrix.weight.precision
     if in_blocks(precision):
         return _matmul_n_bits(low, x, _stored(low, matrix), name, bias)
-    if precision.kind == "nf4":
-        product = _matmul_bnb4(low, x, _stored(low, matrix), name)
+    if precision.is_coded:
+        product = _matmul_decoded(low, x, _stored(low, matrix), name, nf4=precision.kind == "nf4")
     else:
-        fp8 = precision.kind == "fp8"
-        weight = _fp8(low, _stored(low, matrix)) if fp8 else low.weight_tensor(replace(matrix, transposed=False))
-        attributes: dict[str, int | float | str] = {"transA": 0, "transB": 1, "alpha": 1.0}
-        product = low.graph.op("FusedMatMul", [x, weight], name, domain=MICROSOFT, attributes={**attributes})
+        product = _matmul_floats(low, x, low.weight_tensor(replace(matrix, transposed=False)), name)
     return product if bias is None else low.graph.op("Add", [product, bias], f"{name}.bias_add")
+
+
+def _matmul_floats(low: SliceLowering, x: ir.Value, weight: ir.Value, name: str) -> ir.Value:
+    attributes: dict[str, int | float | str] = {"transA": 0, "transB": 1, "alpha": 1.0}
+    return low.graph.op("FusedMatMul", [x, weight], name, domain=MICROSOFT, attributes={**attributes})
+
+
+def _matmul_decoded(low: SliceLowering, x: ir.Value, stored: QuantizedMatrix, name: str, *, nf4: bool) -> ir.Value:
+    """Products with a matrix that is decoded to float32 each time: in parts where it is large."""
+    parts = _decoded_parts(stored)
+    names = [name if len(parts) == 1 else f"{name}.{index}" for index in range(len(parts))]
+    products = [
+        _matmul_bnb4(low, x, part, each) if nf4 else _matmul_floats(low, x, _fp8(low, part), each)
+        for part, each in zip(parts, names, strict=True)
+    ]
+    return products[0] if len(parts) == 1 else low.graph.op("Concat", products, name, attributes={"axis": -1})
+
+
+def _decoded_parts(stored: QuantizedMatrix) -> list[QuantizedMatrix]:
+    """Some of its rows each, few enough that decoding them takes at most MOST_DECODED weights."""
+    rows, width = stored.shape
+    if rows * width <= MOST_DECODED:
+        return [stored]
+    step = max(MOST_DECODED // width // ROWS_TOGETHER, 1) * ROWS_TOGETHER
+    starts = range(0, rows, step)
+    return [stored.select(f"{stored.name}.{start // step}", (start, min(start + step, rows))) for start in starts]
 
 
 def _stored(low: SliceLowering, matrix: Matrix) -> QuantizedMatrix:

@@ -32,6 +32,7 @@ class OnnxRuntimeTarget:
 
     name = "onnxruntime"
     scale_bits = 32
+    calibrated_caches = frozenset({"int8"})
 
     def probe(self) -> Support:
         """Whether engines can be built here; running one needs onnxruntime alone."""

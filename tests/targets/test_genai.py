@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from exporter.core.config import parse_config
+from exporter.core.recipe import CHANNEL, Precision, Recipe
 from targets.base import Limits
 from targets.onnxruntime.genai_config import genai_config
 from tests.support.tiny import BASE, SHAPES
-from tests.targets.engines import LIMITS, RECIPES, Engine, eager, eager_logits, random_ids
+from tests.targets.engines import LIMITS, RECIPES, Engine, build, build_source, eager, eager_logits, random_ids
 
 og = pytest.importorskip("onnxruntime_genai")
 NEW_TOKENS = 24
@@ -58,6 +59,21 @@ def our_greedy(engine: Engine, prompt: np.ndarray, new_tokens: int) -> list[int]
 @pytest.mark.parametrize("shape", ["gqa", "tied", "biases", "eos_list"])
 def test_greedy_ids_are_ours(engine, tmp_path, shape, recipe):
     built = engine(shape, recipe)
+    prompt = random_ids(built.config, 9, seed=4)
+    [theirs] = genai_greedy(with_tokenizer(built, tmp_path), prompt[None], 9 + NEW_TOKENS)
+    assert theirs == our_greedy(built, prompt, NEW_TOKENS)
+
+
+CODED = [Precision("nf4", 64), Precision("nvfp4", 16), Precision("fp8", CHANNEL, activations="fp8/token")]
+
+
+@pytest.mark.parametrize("kv_cache", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", CODED, ids=Precision.describe)
+def test_coded_weights_and_caches_run_too(tiny_checkpoint, tmp_path, precision, kv_cache):
+    """onnxruntime-genai allocates the cache in the type of the engine's inputs."""
+    recipe = Recipe("coded", precision, precision, precision, kv_cache=kv_cache)
+    source = build_source(tiny_checkpoint("gqa"), recipe, kv_scales=dict.fromkeys(range(2), (0.04, 0.03)))
+    built = build(source, tmp_path / "engine")
     prompt = random_ids(built.config, 9, seed=4)
     [theirs] = genai_greedy(with_tokenizer(built, tmp_path), prompt[None], 9 + NEW_TOKENS)
     assert theirs == our_greedy(built, prompt, NEW_TOKENS)

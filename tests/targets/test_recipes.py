@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
 
 from exporter.core.config import parse_config
 from exporter.core.errors import InputError, UnsupportedError
-from exporter.core.recipe import CHANNEL, KV_CACHES, Override, Precision, Recipe, all_precisions
+from exporter.core.recipe import CHANNEL, KV_CACHES, TENSOR, Override, Precision, Recipe, all_precisions
 from exporter.parity.activations import round_activations
 from exporter.parity.cache_values import RoundedCache
 from targets.onnxruntime import matmul
@@ -145,6 +147,37 @@ def test_coded_weights_in_other_shapes(tiny_checkpoint, tmp_path, monkeypatch, s
         tiny_checkpoint(shape, **STEADY), Recipe(name, precision, precision.weight_only, precision.weight_only)
     )
     hold(build(source, tmp_path), rounded_as_asked if precision.activations else kept)
+
+
+@pytest.mark.parametrize("name", ["nf4/g64", "fp8/tensor"])
+def test_large_matrices_are_decoded_in_parts(tiny_checkpoint, tmp_path, monkeypatch, name):
+    """A head of 333 rows in six parts, most others in two or three; nothing is stored twice for that."""
+    precision = CELLS[name]
+    source = build_source(tiny_checkpoint("tied", vocab_size=333), Recipe(name, precision, precision, precision))
+    whole = build(source, tmp_path / "whole")
+    monkeypatch.setattr(matmul, "MOST_DECODED", 64 * 64)
+    engine = build(source, tmp_path / "parts")
+    nodes = onnx.load(str(engine.path / "model.onnx"), load_external_data=False).graph.node
+    assert [len(node.input) for node in nodes if node.name == "lm_head"] == [6]
+    hold(engine, kept)
+    assert engine.result.weights_bytes == whole.result.weights_bytes
+
+
+@pytest.mark.parametrize("precision", [Precision("fp8", CHANNEL), Precision("fp8", TENSOR)], ids=Precision.describe)
+def test_loading_does_not_widen_fp8(tiny_checkpoint, tmp_path, precision):
+    """ONNX Runtime folds a Cast of constants into float32 constants, but not a DequantizeLinear."""
+    recipe = Recipe("fp8", precision, precision, precision)
+    engine = build(build_source(tiny_checkpoint("gqa"), recipe), tmp_path)
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    ort.InferenceSession(str(engine.path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(options.optimized_model_filepath).graph
+    codes = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN]
+    # qkv, o, gate, up, down in two layers; head and embedding
+    assert len(codes) == 2 * 5 + 2
+    largest = max(len(tensor.raw_data) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
+    assert largest <= 41 * 8 * 4  # a rotary table
 
 
 def test_layers_may_differ(tiny_checkpoint, tmp_path, monkeypatch):
