@@ -34,7 +34,7 @@ def unpack_nibbles(packed: np.ndarray, width: int, *, signed: bool) -> np.ndarra
     codes[..., 0], codes[..., 1] = packed & 0x0F, packed >> 4
     if signed:
         codes = (codes ^ 8) - np.uint8(8)
-    flat = codes.reshape(*packed.shape[:-1], -1)[..., :width]
+    flat = codes.reshape(*packed.shape[:-1], 2 * packed.shape[-1])[..., :width]
     return flat.view(np.int8) if signed else flat
 
 
