@@ -1,7 +1,8 @@
 """Packed weights: the bytes that kernels stream, and where each part of them lies. docs/tvm-kernels.md has a picture.
 
-A matrix [N, K] is stored in blocks of two vectors of rows. Integer blocks are a sequence of records, one for each
-group of columns: codes, then float16 scales, then zero points (asymmetric only). Float blocks are transposed.
+A matrix [N, K] is stored in blocks of two vectors of rows. Blocks of what is multiplied as integers are a sequence of
+records, one for each group of columns: codes, then scales, then zero points (asymmetric only). Blocks of floats are
+transposed. fp8 and nvfp4 have a float32 factor for each row at the end of a block.
 """
 
 from collections.abc import Callable
@@ -10,14 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from exporter.core.errors import UnsupportedError
-from exporter.core.recipe import Precision
+from exporter.core.recipe import BITS, Precision
 from exporter.core.weights import QuantizedRows
+from targets.tvm.formats import (
+    FLOATS_AS_INTEGERS,
+    ROW_SCALED,
+    multiplies_integers,
+    stored_group,
+    stored_kind,
+)
 from targets.tvm.isa import Isa
-from targets.tvm.packing_float import STORAGE, pack_float
+from targets.tvm.packing_float import STORAGE, pack_float, pack_fp8
 from targets.tvm.packing_int import pack_int
 
 ReadRows = Callable[[int, int], QuantizedRows | np.ndarray]
-"""Gives source rows [start, stop): QuantizedRows for integer precisions, a float array [n, K] for float ones."""
+"""Gives source rows [start, stop): QuantizedRows for coded precisions, a float array [n, K] for float ones."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,19 @@ class Layout:
         return -(-(self.rows // 2 if self.interleaved else self.rows) // self.step)
 
     @property
+    def integers(self) -> bool:
+        """Whether it is multiplied by int8 activations."""
+        return multiplies_integers(self.precision)
+
+    @property
+    def kind(self) -> str:
+        """The kind of its stored values."""
+        return stored_kind(self.precision)
+
+    @property
     def group(self) -> int:
-        """Columns that share a scale; 1 for float matrices."""
-        return self.precision.group_size or 1
+        """Columns of a record; 1 for float matrices."""
+        return stored_group(self.precision, self.width)
 
     @property
     def groups(self) -> int:
@@ -57,6 +75,11 @@ class Layout:
     def chunk(self) -> int:
         """Columns whose codes lie in the same vectors."""
         return {4: 8, 6: 16, 8: 4}[self.precision.bits]
+
+    @property
+    def levels(self) -> bool:
+        """Whether codes are E2M1: twice their values are the whole numbers that are multiplied."""
+        return self.precision.kind in FLOATS_AS_INTEGERS
 
     @property
     def vectors(self) -> int:
@@ -76,24 +99,44 @@ class Layout:
 
     @property
     def scales_at(self) -> int:
-        """Where a record's float16 scales start."""
-        return 2 * self.lanes * self.group * self.precision.bits // 8
+        """Where a record's scales start."""
+        return 2 * self.lanes * self.group * BITS[self.kind] // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a scale in a record: float16, or one byte, E4M3 of nvfp4 and E8M0 of mxfp4."""
+        return 1 if self.levels else 2
 
     @property
     def zeros_at(self) -> int:
         """Where a record's zero points start."""
-        return self.scales_at + 4 * self.lanes
+        return self.scales_at + 2 * self.lanes * self.scale_bytes
 
     @property
     def record(self) -> int:
         """Bytes of one group of columns of one block."""
-        if not self.precision.is_integer:
+        if not self.integers:
             return self.scales_at
         return self.zeros_at + (0 if self.precision.symmetric else 2 * self.lanes)
 
     @property
-    def block_bytes(self) -> int:
+    def row_scaled(self) -> bool:
+        """Whether a block ends with a float32 factor for each of its rows."""
+        return self.precision.kind in ROW_SCALED
+
+    @property
+    def factors_at(self) -> int:
+        """Where a block's factors start."""
         return self.groups * self.record
+
+    @property
+    def block_bytes(self) -> int:
+        return self.factors_at + (8 * self.lanes if self.row_scaled else 0)
+
+    @property
+    def block_values(self) -> int:
+        """Elements of the packed tensor that a block takes."""
+        return self.block_bytes // np.dtype(self.dtype).itemsize
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +145,7 @@ class Layout:
     @property
     def dtype(self) -> str:
         """Type of the packed tensor as kernels see it."""
-        return STORAGE.get(self.precision.kind, "uint8")
+        return STORAGE.get(self.kind, "uint8")
 
     @property
     def shape(self) -> tuple[int]:
@@ -111,7 +154,10 @@ class Layout:
 
     @property
     def zero(self) -> int:
-        """What a stored code of a symmetric matrix exceeds its value by; asymmetric: its value less the zero point."""
+        """What a multiplied code exceeds its value by where the matrix is symmetric, else its value less the zero
+        point."""
+        if self.levels:
+            return 12
         if self.precision.bits < 8:
             return 1 << (self.precision.bits - 1) if self.precision.symmetric else 0
         return self.int8_offset - (0 if self.precision.symmetric else 128)
@@ -128,29 +174,38 @@ class Layout:
     def pack(self, first_block: int, count: int, read: ReadRows) -> np.ndarray:
         """Bytes uint8 [count * block_bytes] of some blocks; `read` is asked once for the rows of each source.
 
-        Raises UnsupportedError when a scale exceeds float16.
+        Raises UnsupportedError when a scale or a value is not what the format holds.
         """
         if not 0 <= first_block <= first_block + count <= self.blocks:
             raise ValueError(f"blocks {first_block}..{first_block + count} of {self.blocks}")
         parts = [(read(start, stop), wanted) for start, stop, wanted in self.sources(first_block, count)]
-        out = np.empty((count, self.groups, self.record), np.uint8)
+        out = np.empty((count, self.block_bytes), np.uint8)
         for number, (rows, wanted) in enumerate(parts):
             vectors = slice(number, number + 1) if self.interleaved else slice(0, 2)
-            if isinstance(rows, QuantizedRows):
-                pack_int(self, rows, wanted, out, vectors)
-            else:
-                pack_float(self, rows, wanted, out, vectors)
+            self._pack(rows, wanted, out, vectors)
         return out.reshape(-1)
+
+    def _pack(self, rows: QuantizedRows | np.ndarray, wanted: int, out: np.ndarray, vectors: slice) -> None:
+        """Rows [n <= wanted, K] go into `vectors` (0..1) of out uint8 [blocks, block_bytes]; zeros behind."""
+        if not isinstance(rows, QuantizedRows):
+            pack_float(self, rows, wanted, out, vectors)
+        elif self.integers:
+            pack_int(self, rows, wanted, out, vectors)
+        elif self.kind == "fp8":
+            pack_fp8(self, rows, wanted, out, vectors)
+        else:
+            pack_float(self, rows.dequantize(), wanted, out, vectors)
 
 
 def layout(precision: Precision, rows: int, width: int, isa: Isa, interleaved: bool = False) -> Layout:
     """How a matrix [rows, width] is packed for an ISA. Raises UnsupportedError when groups do not divide the width."""
-    if precision.is_integer and width % (precision.group_size or 1):
+    if (group := stored_group(precision, width)) == 0 or width % group:
+        whose = f"groups of {precision.group_size} do" if group else "no group of the kernels does"
         raise UnsupportedError(
             "tvm.group_size",
-            f"groups of {precision.group_size} do not divide a matrix of {width} columns",
-            "choose a smaller --group-size",
+            f"{whose} not divide a matrix of {width} columns",
+            "choose a smaller --group-size" if group else "keep this matrix in a float precision",
         )
     if interleaved and rows % 2:
         raise ValueError(f"an interleaved matrix of {rows} rows has no halves")
-    return Layout(precision, rows, width, isa.lanes, isa.int8_offset, interleaved)
+    return Layout(precision.weight_only, rows, width, isa.lanes, isa.int8_offset, interleaved)

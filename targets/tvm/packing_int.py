@@ -6,6 +6,7 @@ import numpy as np
 
 from exporter.core.errors import UnsupportedError
 from exporter.core.weights import QuantizedRows
+from targets.tvm.packing_scales import exponents, row_factors, used_scales
 
 if TYPE_CHECKING:
     from targets.tvm.packing import Layout
@@ -14,29 +15,52 @@ LARGEST_SCALE = 65504.0
 
 
 def pack_int(layout: "Layout", rows: QuantizedRows, wanted: int, out: np.ndarray, vectors: slice) -> None:
-    """Quantized rows [n <= wanted, K] go into `vectors` (0..1) of out uint8 [blocks, groups, record]; zeros behind."""
-    lanes, blocks = layout.lanes, len(out)
+    """Quantized rows [n <= wanted, K] go into `vectors` (0..1) of out uint8 [blocks, block_bytes]; zeros behind."""
+    lanes, blocks, groups = layout.lanes, len(out), layout.groups
+    records = out[:, : layout.factors_at].reshape(blocks, groups, layout.record)
     words = _stored_words(layout, np.ascontiguousarray(rows.codes).view(np.uint32))
-    codes = out[:, :, : layout.scales_at].view(np.uint32).reshape(blocks, layout.groups, -1, 2, lanes)
+    codes = records[:, :, : layout.scales_at].view(np.uint32).reshape(blocks, groups, -1, 2, lanes)
     # [block, vector, lane, group, word] -> [block, group, word, vector, lane]
-    source = _filled(words, wanted).reshape(blocks, -1, lanes, layout.groups, codes.shape[2])
+    source = _filled(words, wanted).reshape(blocks, -1, lanes, groups, codes.shape[2])
     codes[:, :, :, vectors] = source.transpose(0, 3, 4, 1, 2)
-    scales = out[:, :, layout.scales_at : layout.zeros_at].view(np.float16).reshape(blocks, layout.groups, 2, lanes)
-    scales[:, :, vectors] = _grouped(_half(rows.scales), wanted, blocks, lanes)
+    found, factors = _stored_scales(layout, rows)
+    scales = records[:, :, layout.scales_at : layout.zeros_at].view(found.dtype).reshape(blocks, groups, 2, lanes)
+    scales[:, :, vectors] = _grouped(_repeated(found, groups), wanted, blocks, lanes)
     if rows.zero_points is not None:
-        zeros = out[:, :, layout.zeros_at :].reshape(blocks, layout.groups, 2, lanes)
-        zeros[:, :, vectors] = _grouped(rows.zero_points, wanted, blocks, lanes)
+        zeros = records[:, :, layout.zeros_at :].reshape(blocks, groups, 2, lanes)
+        zeros[:, :, vectors] = _grouped(_repeated(rows.zero_points, groups), wanted, blocks, lanes)
+    if factors is not None:
+        pack_factors(layout, factors, wanted, out, vectors)
+
+
+def pack_factors(layout: "Layout", factors: np.ndarray, wanted: int, out: np.ndarray, vectors: slice) -> None:
+    """A float32 factor for each row [n <= wanted] goes to the end of its block."""
+    ends = out[:, layout.factors_at :].view(np.float32).reshape(len(out), 2, layout.lanes)
+    ends[:, vectors] = _filled(factors[:, None], wanted).reshape(len(out), -1, layout.lanes)
+
+
+def _stored_scales(layout: "Layout", rows: QuantizedRows) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scales as they are stored [n, G], and the factors of rows [n] where there are any."""
+    if not layout.levels:
+        return _half(rows.scales), None
+    scales = used_scales(rows)
+    return row_factors(scales) if layout.row_scaled else (exponents(scales), None)
+
+
+def _repeated(values: np.ndarray, groups: int) -> np.ndarray:
+    """[n, G] -> [n, groups]: a scale of a whole row is that of each record."""
+    return values if values.shape[1] == groups else np.repeat(values, groups // values.shape[1], axis=1)
 
 
 def _stored_words(layout: "Layout", words: np.ndarray) -> np.ndarray:
     """Codes as 32-bit words of four columns [n, K / 4] -> words as stored: [n, K * bits / 32]."""
-    if layout.precision.kind == "int8":
+    if layout.kind == "int8":
         # Adding or subtracting 128 flips a byte's top bit.
         return np.asarray(words ^ np.uint32(0x80808080)) if layout.zero % 256 == 128 else words
-    if layout.precision.kind == "int6":
+    if layout.kind == "int6":
         return _six_bit_words(words)
     low, high = words[:, 0::2], words[:, 1::2]
-    if layout.precision.symmetric:  # -8..7 -> 0..15
+    if layout.kind == "int4" and layout.precision.symmetric:  # -8..7 -> 0..15
         low = (low ^ np.uint32(0x08080808)) & np.uint32(0x0F0F0F0F)
         high = (high ^ np.uint32(0x08080808)) & np.uint32(0x0F0F0F0F)
     return np.asarray(low | (high << np.uint32(4)))

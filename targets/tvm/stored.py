@@ -1,10 +1,10 @@
 """A weight as the weights file holds it: packed for the vector unit, or as a plain float32 array."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from exporter.core.canonical import CheckpointWeight, RotaryTable, Weight
+from exporter.core.canonical import CheckpointWeight, RotaryTable, ScaleValue, Weight
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.weights import weight_shape
 from targets.tvm.isa import Isa
@@ -15,7 +15,8 @@ from targets.tvm.packing import Layout, layout
 class StoredWeight:
     """A canonical weight and how it lies in the file. `interleaved`: gate and up rows alternate vector by vector.
 
-    Equal ones are stored once: a tied embedding and head of one precision share their bytes.
+    Equal ones are stored once: a tied embedding and head of one precision share their bytes, whatever is asked of the
+    head's input.
     """
 
     name: str
@@ -24,12 +25,15 @@ class StoredWeight:
 
     @property
     def key(self) -> tuple[Weight, bool]:
-        return self.weight, self.interleaved
+        weight = self.weight
+        if isinstance(weight, CheckpointWeight):
+            weight = replace(weight, precision=weight.precision.weight_only)
+        return weight, self.interleaved
 
 
 def packed_layout(stored: StoredWeight, checkpoint: Checkpoint, isa: Isa) -> Layout | None:
     """How a matrix is packed; None for vectors and rotary tables, which lie as float32 arrays."""
-    if isinstance(stored.weight, RotaryTable):
+    if not isinstance(stored.weight, CheckpointWeight):
         return None
     shape = weight_shape(checkpoint, stored.weight)
     if len(shape) == 1:
@@ -43,4 +47,9 @@ def stored_type(stored: StoredWeight, checkpoint: Checkpoint, isa: Isa) -> tuple
         return np.dtype(packed.dtype).name, tuple(packed.shape)
     if isinstance(stored.weight, CheckpointWeight):
         return "float32", weight_shape(checkpoint, stored.weight)
-    return "float32", (stored.weight.length, len(stored.weight.inverse_frequencies))
+    return "float32", value_shape(stored.weight)
+
+
+def value_shape(weight: RotaryTable | ScaleValue) -> tuple[int, ...]:
+    """Shape of a weight that is no tensor of the checkpoint."""
+    return (1,) if isinstance(weight, ScaleValue) else (weight.length, len(weight.inverse_frequencies))

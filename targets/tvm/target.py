@@ -25,6 +25,7 @@ class TvmTarget:
 
     name = "tvm"
     scale_bits = 16
+    calibrated_caches = frozenset[str]()
 
     def probe(self) -> Support:
         """Whether engines can be built here; running one needs apache-tvm-ffi and TVM's runtime library alone."""

@@ -4,12 +4,14 @@
 `SharedExponents`: scale = base * 2^e, base = max|x| / 127 of the whole row, e = ceil(log2(max|x of the group| / max|x|
 of the row)), from -24 to 0. Products read (e + 32) << 23, which is added to the bits of a weight scale, and multiply
 what they have summed by base * 2^-32.
+`TokenScales`: scale = base for every group; products read it as they read the second, with e = 0.
 """
 
 from collections.abc import Callable
 
 from tvm.script.ir_builder import tirx as T
 
+from targets.base import ActivationRounding
 from targets.tvm.kernels.ir import Expr, Registers, float_vector, store
 from targets.tvm.kernels.vector import Vectors
 
@@ -26,17 +28,15 @@ Load = Callable[[Expr], Expr]
 class GroupScales:
     """One float32 scale a group."""
 
-    dtype = "float32"
-
     def __init__(self, scales: Expr) -> None:
         self.scales = scales
 
     def row(self, row: Expr, largest: Callable[[], Expr]) -> None:
         """Called once a row, before its groups; `largest` emits max|x| of the row."""
 
-    def group(self, target: Expr, largest: Expr) -> Expr:
-        """Store at `target` what a group of max|x| `largest` is read with; 1 / scale, zero where the scale is."""
-        scale = T.bind(largest / T.float32(LARGEST))
+    def group(self, target: Expr, largest: Callable[[], Expr]) -> Expr:
+        """Store at `target` what a group is read with; `largest` emits its max|x|. 1 / scale, zero where that is."""
+        scale = T.bind(largest() / T.float32(LARGEST))
         store(self.scales, target, scale, 1)
         return T.bind(T.Select(scale > T.float32(0), T.float32(1) / scale, T.float32(0)))
 
@@ -47,8 +47,6 @@ class SharedExponents:
     No code passes 127: the group's largest value is at most 2^e * the row's but for the rounding of two quotients, and
     127 * (1 + 2^-21) rounds to 127.
     """
-
-    dtype = "int32"
 
     def __init__(self, shifts: Expr, bases: Expr) -> None:
         self.shifts, self.bases = shifts, bases
@@ -62,9 +60,9 @@ class SharedExponents:
         self.inverse_top = T.bind(T.Select(zero, T.float32(0), T.float32(1) / top))
         self.inverse_base = T.bind(T.Select(zero, T.float32(0), T.float32(1) / base))
 
-    def group(self, target: Expr, largest: Expr) -> Expr:
-        """Store at `target` what a group of max|x| `largest` is read with; 1 / scale, zero where the scale is."""
-        ratio = T.bind(T.reinterpret("int32", largest * self.inverse_top))
+    def group(self, target: Expr, largest: Callable[[], Expr]) -> Expr:
+        """Store at `target` what a group is read with; `largest` emits its max|x|. 1 / scale, zero where that is."""
+        ratio = T.bind(T.reinterpret("int32", largest() * self.inverse_top))
         # Adding all but the last unit of the fraction carries into the exponent unless the ratio is a power of two.
         exponent = T.shift_right(ratio + T.int32(0x7FFFFF), T.int32(23)) - T.int32(127)
         exponent = T.bind(T.max(T.min(exponent, T.int32(0)), T.int32(LEAST_EXPONENT)))
@@ -73,7 +71,23 @@ class SharedExponents:
         return T.bind(self.inverse_base * power)
 
 
+class TokenScales(SharedExponents):
+    """One float32 base a row, which is the scale of every group."""
+
+    def group(self, target: Expr, largest: Callable[[], Expr]) -> Expr:
+        """Store at `target` what a group is read with; `largest` emits its max|x|. 1 / scale, zero where that is."""
+        store(self.shifts, target, T.int32(OFFSET << 23), 1)
+        return self.inverse_base
+
+
 Scales = GroupScales | SharedExponents
+
+
+def scales_of(rounding: ActivationRounding, scales: Expr, bases: Expr) -> Scales:
+    """What a rounding stores in the tensors of scales (or shifts) and bases."""
+    if rounding == "group":
+        return GroupScales(scales)
+    return (TokenScales if rounding == "token" else SharedExponents)(scales, bases)
 
 
 def largest_in_row(vectors: Vectors, values: Load, width: int) -> Expr:

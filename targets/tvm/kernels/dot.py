@@ -1,8 +1,8 @@
 """Products of bytes, summed in 32 bits: what each instruction set offers for it, behind one interface.
 
 Weights are a vector of bytes, four consecutive columns in each 32-bit lane (one lane a row of the matrix);
-activations are one 32-bit word of four codes, -127..127. int4 weights are 0..15, int6 ones 0..63. int8 weights are
-unsigned bytes on VNNI, signed ones elsewhere.
+activations are one 32-bit word of four codes, -127..127. int4 weights are 0..15, int6 ones 0..63, E2M1 ones 0..24
+(levels.py). int8 weights are unsigned bytes on VNNI, signed ones elsewhere.
 """
 
 from tvm.script.ir_builder import tirx as T
@@ -11,18 +11,18 @@ from targets.tvm.isa import Isa
 from targets.tvm.kernels.ir import Expr, Registers, int_vector, intrinsic, load
 
 
-def dots(isa: Isa, bits: int, sums: int, weights: int) -> "Dots":
-    """`sums` accumulators and `weights` weight vectors of `bits` bits for an ISA."""
+def dots(isa: Isa, largest: int, sums: int, weights: int) -> "Dots":
+    """`sums` accumulators and `weights` weight vectors for an ISA; `largest` is that of the codes, 255 for int8."""
     if isa.dot == "vnni":
         return Vnni(isa, sums, weights)
     if isa.dot in ("sdot", "smmla"):
         return Sdot(isa, sums, weights)
     if isa.dot == "smull":
-        return Smull(isa, sums, weights, depth={4: 16, 6: 4, 8: 2}[bits])
+        return Smull(isa, sums, weights, depth={15: 16, 24: 10, 63: 4, 255: 2}[largest])
     if isa.dot == "maddubs":
-        if bits == 8:
+        if largest == 255:
             return SignedMaddubs(isa, sums, weights)
-        return Maddubs(isa, sums, weights, depth={4: 8, 6: 2}[bits])
+        return Maddubs(isa, sums, weights, depth={15: 8, 24: 2, 63: 2}[largest])
     raise ValueError(f"no byte products for {isa.dot!r}")
 
 
@@ -133,8 +133,8 @@ class Narrow(Dots):
 
 
 class Maddubs(Narrow):
-    """SSSE3 and AVX2, int4 and int6: pairs of unsigned x signed products. 8 steps of 2 * 15 * 127 stay below 2^15, and
-    2 of 2 * 63 * 127."""
+    """SSSE3 and AVX2, codes below 8 bits: pairs of unsigned x signed products. 8 steps of 2 * 15 * 127 stay below 2^15,
+    and 2 of 2 * 63 * 127. Longer codes are widened every 2 steps, which any loop over chunks is a multiple of."""
 
     unrolled = False  # one long block would be scheduled sum by sum, and the weights spilled
 

@@ -4,10 +4,12 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from exporter.core.recipe import Precision
+from targets.tvm.formats import float_precision
 from targets.tvm.isa import Isa
 from targets.tvm.kernels.ir import Expr, Registers, arguments, broadcast, int_vector, kernel, load, size, store
 from targets.tvm.kernels.norm import few_or_many
 from targets.tvm.kernels.vector import Vectors
+from targets.tvm.kernels.weight_scales import record_scales, row_factor
 from targets.tvm.packing import Layout, layout
 
 WORD = 4
@@ -15,7 +17,8 @@ WORD = 4
 
 
 def embedding_int(isa: Isa, name: str, precision: Precision, rows: int, width: int) -> tirx.PrimFunc:
-    """ids int32 [T], weights uint8 (packed [rows, K]) -> hidden float32 [T, K]: (code - zero point) * scale."""
+    """ids int32 [T], weights uint8 (packed [rows, K]) -> hidden float32 [T, K]: (code - zero point) * scale, or what
+    the code stands for times the scale."""
     packed, tokens = layout(precision, rows, width, isa), size("t")
     with kernel(name) as finished:
         ids, weights, hidden = arguments(
@@ -28,12 +31,12 @@ def embedding_int(isa: Isa, name: str, precision: Precision, rows: int, width: i
             row = T.bind(T.cast(ids[token], "int64"))
             lane, vector = T.bind(row % isa.lanes), T.bind(row % packed.step // isa.lanes)
             scales = Registers("float32", isa.lanes, 1)
+            factor = row_factor(packed, weights, row)
             with T.serial(0, packed.groups) as group:
-                record = T.bind((row // packed.step * packed.groups + group) * packed.record)
-                at = record + packed.scales_at + vector * (2 * isa.lanes)
-                scales[0] = Vectors(isa).half_from_bytes(weights, at)
-                scale = T.bind(scales.buffer[lane])
-                zero: Expr = packed.zero
+                record = T.bind(row // packed.step * packed.block_bytes + group * packed.record)
+                scales[0] = record_scales(Vectors(isa), packed, weights, record, vector)
+                scale = T.bind(scales.buffer[lane] * factor)
+                zero: Expr = 0 if packed.levels else packed.zero
                 if not precision.symmetric:
                     stored = weights[record + packed.zeros_at + vector * isa.lanes + lane]
                     zero = T.bind(T.cast(stored, "int32") + packed.zero)
@@ -57,17 +60,27 @@ def _group(packed: Layout, weights: Expr, codes: Expr, zero: Expr, scale: Expr, 
 
 
 def _stored_codes(packed: Layout, words: list[Expr]) -> list[Expr]:
-    """Stored words of a chunk, uint8 x 4 each -> its codes as stored, four columns an int32 x 4."""
-    if packed.precision.kind == "int8":
+    """Stored words of a chunk, uint8 x 4 each -> its codes as stored (E2M1: twice their values), four columns an
+    int32 x 4."""
+    if packed.kind == "int8":
         stored = words[0] if packed.int8_offset else T.reinterpret("int8x4", words[0])
         return [T.cast(stored, f"int32x{WORD}")]
     wide = [T.cast(word, f"int32x{WORD}") for word in words]
-    nibbles = wide if packed.precision.kind == "int4" else wide[1:]
+    nibbles = wide[1:] if packed.kind == "int6" else wide
     parts = [part for word in nibbles for part in (T.bitwise_and(word, _four(15)), T.shift_right(word, _four(4)))]
-    if packed.precision.kind == "int4":
-        return parts
+    if packed.kind != "int6":
+        return [_twice_e2m1(part) for part in parts] if packed.levels else parts
     upper = [T.bitwise_and(T.shift_right(wide[0], _four(2 * number)), _four(3)) for number in range(len(parts))]
     return [T.bitwise_or(part, T.shift_left(two, _four(4))) for part, two in zip(parts, upper, strict=True)]
+
+
+def _twice_e2m1(codes: Expr) -> Expr:
+    """Twice what E2M1 codes stand for: (2 + fraction) * 2^(exponent - 1), or the fraction where the exponent is 0."""
+    magnitude = T.bind(T.bitwise_and(codes, _four(7)))
+    fraction, exponent = T.bitwise_and(magnitude, _four(1)), T.shift_right(magnitude, _four(1))
+    normal = T.shift_left(T.bitwise_or(fraction, _four(2)), T.max(exponent - _four(1), _four(0)))
+    value = T.bind(T.Select(magnitude < _four(2), magnitude, normal))
+    return T.Select(codes < _four(8), value, _four(0) - value)
 
 
 def _four(value: int) -> Expr:
@@ -75,8 +88,8 @@ def _four(value: int) -> Expr:
 
 
 def embedding_float(isa: Isa, name: str, kind: str, rows: int, width: int) -> tirx.PrimFunc:
-    """ids int32 [T], weights (packed [rows, K] of fp32, bf16 as uint16, fp16) -> hidden float32 [T, K]."""
-    packed, tokens = layout(Precision(kind), rows, width, isa), size("t")
+    """ids int32 [T], weights (packed [rows, K] of fp32, bf16 as uint16, fp16, fp8) -> hidden float32 [T, K]."""
+    packed, tokens = layout(float_precision(kind), rows, width, isa), size("t")
     with kernel(name) as finished:
         ids, weights, hidden = arguments(
             ids=((tokens,), "int32"),
@@ -87,18 +100,21 @@ def embedding_float(isa: Isa, name: str, kind: str, rows: int, width: int) -> ti
         def one_row(token: Expr) -> None:
             row = T.bind(T.cast(ids[token], "int64"))
             lane = T.bind(row % isa.lanes)
-            start = T.bind(row // packed.step * (width * packed.step) + row % packed.step - lane)
+            start = T.bind(row // packed.step * packed.block_values + row % packed.step - lane)
+            factor = row_factor(packed, weights, row)
             values = Registers("float32", isa.lanes, 1)
             with T.serial(0, width) as column:
                 values[0] = load_floats(Vectors(isa), kind, weights, start + column * packed.step)
-                store(hidden, token * width + column, values.buffer[lane], 1)
+                store(hidden, token * width + column, values.buffer[lane] * factor, 1)
 
         few_or_many(tokens, one_row)
     return finished()
 
 
 def load_floats(vectors: Vectors, kind: str, weights: Expr, first: Expr) -> Expr:
-    """A float32 vector of consecutive stored values of a float precision."""
+    """A float32 vector of consecutive stored values of a float kind; those of fp8 come as 2^-8 of theirs."""
+    if kind == "fp8":
+        return vectors.e4m3_from_bytes(weights, first)
     if kind == "bf16":
         return vectors.load_bfloat(weights, first)
     return vectors.load_half(weights, first) if kind == "fp16" else load(weights, first, vectors.lanes)

@@ -1,4 +1,4 @@
-"""Float matrices: y = x W^T in float32 from weights stored as fp32, bf16 or fp16, for any number of rows.
+"""Float matrices: y = x W^T in float32 from weights stored as fp32, bf16, fp16 or fp8, for any number of rows.
 
 One row streams the weights. More rows are first transposed into tiles [K][rows of a tile]; every task then walks
 blocks of the matrix, and all tiles pass while the block lies in the second-level cache.
@@ -7,12 +7,13 @@ blocks of the matrix, and all tiles pass while the block lies in the second-leve
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from exporter.core.recipe import Precision
+from targets.tvm.formats import float_precision
 from targets.tvm.isa import Isa
 from targets.tvm.kernels.embedding import load_floats
 from targets.tvm.kernels.epilogue import Epilogue
 from targets.tvm.kernels.ir import Expr, Registers, arguments, broadcast, float_vector, kernel, load, size, store
 from targets.tvm.kernels.vector import Vectors
+from targets.tvm.kernels.weight_scales import block_factors
 from targets.tvm.packing import Layout, layout
 
 CHAINS = 4
@@ -29,11 +30,11 @@ def float_tiles(isa: Isa) -> tuple[int, ...]:
 
 
 def linear_float(isa: Isa, name: str, kind: str, rows: int, width: int, epilogue: str, bias: bool) -> tirx.PrimFunc:
-    """x float32 [M, K], weights (packed [N, K] of `kind`), (bias float32 [N]) -> y.
+    """x float32 [M, K], weights (packed [N, K] of `kind`, see formats.float_precision), (bias float32 [N]) -> y.
 
     `epilogue`: see Epilogue; with `swiglu` the matrix is interleaved. Sums are float32.
     """
-    packed, m = layout(Precision(kind), rows, width, isa, epilogue == "swiglu"), size("m")
+    packed, m = layout(float_precision(kind), rows, width, isa, epilogue == "swiglu"), size("m")
     shapes: dict[str, tuple[tuple[Expr, ...], str]] = {
         "x": ((m, width), "float32"),
         "weights": (packed.shape, packed.dtype),
@@ -61,7 +62,7 @@ class _Product:
 
     def single_row(self, block: Expr) -> None:
         """One block of y from x [1, K]."""
-        start = T.bind(block * (self.packed.width * self.columns))
+        start = T.bind(block * self.packed.block_values)
         sums = Registers("float32", self.lanes, 2 * CHAINS)
         for index in range(2 * CHAINS):
             sums[index] = float_vector(0.0, self.lanes)
@@ -79,6 +80,10 @@ class _Product:
             add(self.packed.width // CHAINS * CHAINS + chain, chain)
         for index in (0, 1):
             sums[index] = (sums[index] + sums[index + 2]) + (sums[index + 4] + sums[index + 6])
+            if self.packed.row_scaled:
+                sums[index] = sums[index] * block_factors(
+                    self.vectors, self.packed, self.tensors["weights"], block, index
+                )
         self.epilogue.write(self.tensors["y"], T.int64(0), block, sums, 0, self.tensors.get("bias"))
 
     def many_rows(self, m: Expr) -> None:
@@ -121,7 +126,7 @@ class _Product:
     def _tile(self, turned: Expr, rows: int, first: Expr, count: Expr, block: Expr) -> None:
         """y[first .. first + count] of a block, computed for `rows` rows."""
         width, lanes = self.packed.width, self.lanes
-        start = T.bind(block * (width * self.columns))
+        start = T.bind(block * self.packed.block_values)
         sums = [Registers("float32", lanes, rows) for _ in range(2)]
         weights = Registers("float32", lanes, 2)
         for row in range(rows):
@@ -148,8 +153,9 @@ class _Product:
         finished = [Registers("float32", self.lanes, rows) for _ in range(2)]
         values = Registers("float32", self.lanes, 2)
         for vector in range(2):
+            factors = block_factors(self.vectors, self.packed, self.tensors["weights"], block, vector)
             for row in range(rows):
-                finished[vector][row] = sums[vector][row]
+                finished[vector][row] = sums[vector][row] * factors if self.packed.row_scaled else sums[vector][row]
         with T.serial(0, count) as row:
             for vector in range(2):
                 values[vector] = load(finished[vector].buffer, row * self.lanes, self.lanes)
@@ -157,4 +163,4 @@ class _Product:
 
     def _weights(self, start: Expr, column: Expr, vector: int) -> Expr:
         at = start + column * self.columns + vector * self.lanes
-        return load_floats(self.vectors, self.packed.precision.kind, self.tensors["weights"], at)
+        return load_floats(self.vectors, self.packed.kind, self.tensors["weights"], at)

@@ -10,7 +10,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from exporter.core.recipe import Precision
-from targets.tvm.activations import shared_exponent
+from targets.tvm.activations import activation_rounding, has_base
 from targets.tvm.isa import Isa
 from targets.tvm.kernels.activation_scales import scaled
 from targets.tvm.kernels.dot import Dots, dots, unpacked
@@ -27,8 +27,10 @@ from targets.tvm.kernels.ir import (
     prefetch,
     size,
 )
+from targets.tvm.kernels.levels import LARGEST, Levels
 from targets.tvm.kernels.tile import rows_per_tile
 from targets.tvm.kernels.vector import Vectors
+from targets.tvm.kernels.weight_scales import block_factors, record_scales
 from targets.tvm.packing import Layout, layout
 from targets.tvm.tuning import DEFAULT, Tuning
 
@@ -45,12 +47,12 @@ def linear_int(
 ) -> tirx.PrimFunc:
     """codes int32 [M, K/4], scales float32 [M, G], sums int32 [M, G], weights uint8, (bias float32 [N]) -> y.
 
-    Where activations share an exponent: codes, shifts int32 [M, G], sums, bases float32 [M], weights, ...
+    Where activations have a base (activations.py): codes, shifts int32 [M, G], sums, bases float32 [M], weights, ...
     Activations are packed by rows as tile.py says, weights as packing.py. `epilogue`: see Epilogue; with `swiglu` the
     matrix is interleaved. Sums of products within a group are exact integers; groups are added in float32, in order.
     """
     packed = layout(precision, rows, width, isa, epilogue == "swiglu")
-    m, exponents = size("m"), shared_exponent(precision)
+    m, exponents = size("m"), has_base(activation_rounding(precision))
     y_width = rows // 2 if epilogue == "swiglu" else rows
     shapes: dict[str, tuple[tuple[Expr, ...], str]] = {
         "codes": ((m, width // 4), "int32"),
@@ -87,6 +89,7 @@ class Product:
         self.isa, self.packed, self.epilogue, self.tensors = isa, packed, epilogue, tensors
         self.vectors, self.lanes, self.m, self.ahead = Vectors(isa), isa.lanes, m, ahead
         self.bits = packed.precision.bits
+        self.largest = LARGEST if packed.levels else (1 << self.bits) - 1
         self.piece = min(packed.group, 32)  # columns that are unrolled
 
     def tile(self, rows: int, first: Expr, block: Expr) -> None:
@@ -96,19 +99,18 @@ class Product:
         scales = Registers("float32", self.lanes, 2)
         # A single row has too few sums to keep the multipliers busy: every second word goes to a second set.
         chains = 2 if rows == 1 else 1
-        sums = dots(self.isa, self.bits, 2 * rows * chains, 2)
+        sums = dots(self.isa, self.largest, 2 * rows * chains, 2)
+        levels = Levels(self.isa) if packed.levels else None
         for index in range(2 * rows):
             outputs[index] = float_vector(0.0, self.lanes)
         with T.serial(0, packed.groups) as group:
-            record = (block * packed.groups + group) * packed.record
+            record = block * packed.block_bytes + group * packed.record
             at = first * packed.groups + group * rows
             self._start(sums, rows, chains, record, at)
             words = first * (packed.width // 4) + group * (packed.group // 4 * rows)
-            self._pieces(sums, rows, chains, record, words)
+            self._pieces(sums, levels, rows, chains, record, words)
             for vector in range(2):
-                scales[vector] = self.vectors.half_from_bytes(
-                    tensors["weights"], record + packed.scales_at + 2 * self.lanes * vector
-                )
+                scales[vector] = record_scales(self.vectors, packed, tensors["weights"], record, vector)
             prefetch(tensors["weights"], record + packed.scales_at + self.ahead)
             for index in range(2 * rows):
                 total = sums.total(index)
@@ -117,10 +119,14 @@ class Product:
                 stored = tensors["scales"][at + index // 2]
                 scale = scaled(self.vectors, stored, scales[index % 2], "bases" in tensors)
                 outputs[index] = self.vectors.fma(T.cast(total, self.vectors.float), scale, outputs[index])
+        for vector in range(2 if packed.row_scaled else 0):
+            scales[vector] = block_factors(self.vectors, packed, tensors["weights"], block, vector)
         for row in range(rows):
-            if "bases" in tensors:
-                for index in (2 * row, 2 * row + 1):
+            for index in (2 * row, 2 * row + 1):
+                if "bases" in tensors:
                     outputs[index] = outputs[index] * broadcast(tensors["bases"][first + row], self.lanes)
+                if packed.row_scaled:
+                    outputs[index] = outputs[index] * scales[index % 2]
             self.epilogue.write(tensors["y"], first + row, block, outputs, 2 * row, tensors.get("bias"))
 
     def _start(self, sums: Dots, rows: int, chains: int, record: Expr, at: Expr) -> None:
@@ -142,30 +148,32 @@ class Product:
             elif packed.zero:
                 sums.start(index, broadcast(total * -packed.zero, lanes))
 
-    def _pieces(self, sums: Dots, rows: int, chains: int, record: Expr, words: Expr) -> None:
+    def _pieces(self, sums: Dots, levels: Levels | None, rows: int, chains: int, record: Expr, words: Expr) -> None:
         """All columns of a group, `piece` of them unrolled."""
         count = self.packed.group // self.piece
         if count == 1:
-            self._piece(sums, rows, chains, record, words)
+            self._piece(sums, levels, rows, chains, record, words)
             return
         with T.serial(0, count) as number:
             start = record + number * (self.piece // self.packed.chunk * self.packed.chunk_bytes)
-            self._piece(sums, rows, chains, start, words + number * (self.piece // 4 * rows))
+            self._piece(sums, levels, rows, chains, start, words + number * (self.piece // 4 * rows))
 
-    def _piece(self, sums: Dots, rows: int, chains: int, start: Expr, words: Expr) -> None:
+    def _piece(self, sums: Dots, levels: Levels | None, rows: int, chains: int, start: Expr, words: Expr) -> None:
         """`piece` columns: stored words from `start` on, activations at `words`."""
         chunks = self.piece // self.packed.chunk
         if sums.unrolled or rows == 1 or rows * self.packed.chunk // 4 <= 2:
             for chunk in range(chunks):
-                self._chunk(sums, rows, chains, start, words, chunk)
+                self._chunk(sums, levels, rows, chains, start, words, chunk)
         else:
             # The bound is `chunks`, m being less than 2^40, but LLVM does not know it and so keeps the loop.
             sums.open()
             with T.serial(0, T.max(chunks, T.shift_right(self.m, T.int64(40)))) as chunk:
-                self._chunk(sums, rows, chains, start, words, chunk)
+                self._chunk(sums, levels, rows, chains, start, words, chunk)
         sums.close()
 
-    def _chunk(self, sums: Dots, rows: int, chains: int, start: Expr, words: Expr, chunk: Expr) -> None:
+    def _chunk(
+        self, sums: Dots, levels: Levels | None, rows: int, chains: int, start: Expr, words: Expr, chunk: Expr
+    ) -> None:
         """The columns of a chunk of both row vectors."""
         packed, steps, size = self.packed, self.packed.chunk // 4, self.packed.vector_bytes
         stored = Registers("uint8", size, 2 * packed.vectors)
@@ -177,7 +185,8 @@ class Product:
         for part in range(steps):
             for vector in range(2):
                 vectors = [stored[2 * number + vector] for number in range(packed.vectors)]
-                sums.weigh(vector, unpacked(self.bits, vectors, self.lanes, part))
+                codes = unpacked(self.bits, vectors, self.lanes, part)
+                sums.weigh(vector, levels.of(codes) if levels else codes)
             step = chunk * steps + part
             for row in range(rows):
                 word = self.tensors["codes"][words + step * rows + row]

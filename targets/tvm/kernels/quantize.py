@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from targets.base import ActivationRounding
+from targets.tvm.activations import has_base
 from targets.tvm.isa import Isa
-from targets.tvm.kernels.activation_scales import GroupScales, Scales, SharedExponents, largest_in_row
+from targets.tvm.kernels.activation_scales import Scales, largest_in_row, scales_of
 from targets.tvm.kernels.ir import Expr, Registers, arguments, broadcast, kernel, load, size, store
 from targets.tvm.kernels.norm import reciprocal_rms
 from targets.tvm.kernels.tile import rows_per_tile
@@ -21,13 +23,13 @@ from targets.tvm.tuning import DEFAULT, Tuning
 
 
 def quantize(
-    isa: Isa, name: str, width: int, group: int, exponents: bool = False, tuning: Tuning = DEFAULT
+    isa: Isa, name: str, width: int, group: int, rounding: ActivationRounding = "group", tuning: Tuning = DEFAULT
 ) -> tirx.PrimFunc:
     """x float32 [M, K] -> codes int32 [M, K / 4], scales float32 [M, G], sums int32 [M, G].
 
-    With `exponents` -> codes, shifts int32 [M, G], sums, bases float32 [M].
+    With another `rounding` than `group` -> codes, shifts int32 [M, G], sums, bases float32 [M].
     """
-    return _quantize(isa, name, width, group, None, False, exponents, tuning)
+    return _quantize(isa, name, width, group, None, False, rounding, tuning)
 
 
 def norm_quantize(
@@ -37,18 +39,26 @@ def norm_quantize(
     group: int,
     eps: float,
     gather: bool = False,
-    exponents: bool = False,
+    rounding: ActivationRounding = "group",
     tuning: Tuning = DEFAULT,
 ) -> tirx.PrimFunc:
     """RMSNorm, then `quantize`: x [T, K], (rows int32 [Q]), gamma [K] -> the outputs of `quantize` of T or Q rows."""
-    return _quantize(isa, name, width, group, eps, gather, exponents, tuning)
+    return _quantize(isa, name, width, group, eps, gather, rounding, tuning)
 
 
 def _quantize(
-    isa: Isa, name: str, width: int, group: int, eps: float | None, gather: bool, exponents: bool, tuning: Tuning
+    isa: Isa,
+    name: str,
+    width: int,
+    group: int,
+    eps: float | None,
+    gather: bool,
+    rounding: ActivationRounding,
+    tuning: Tuning,
 ) -> tirx.PrimFunc:
     if width % group or group % 16:
         raise ValueError(f"{width} columns in groups of {group}")
+    exponents = has_base(rounding)
     with kernel(name) as finished:
         tokens, wanted = size("t"), size("q")
         count = wanted if gather else tokens
@@ -62,9 +72,7 @@ def _quantize(
             **({"bases": ((count,), "float32")} if exponents else {}),
         }
         tensors = dict(zip(shapes, arguments(**shapes), strict=True))
-        scales: Scales = (
-            SharedExponents(tensors["scales"], tensors["bases"]) if exponents else GroupScales(tensors["scales"])
-        )
+        scales = scales_of(rounding, tensors["scales"], tensors.get("bases"))
         emit = _Rows(Vectors(isa), width, group, eps, tensors, scales)
         tile = rows_per_tile(isa, tuning)
         with T.If(count == 1):
@@ -106,7 +114,7 @@ class _Rows:
             for offset in range(0, self.group, self.vectors.lanes):
                 held[offset // self.vectors.lanes] = values(group * self.group + offset)
             target = T.bind((first * groups) + group * count + number)
-            inverse = self.scales.group(target, self._largest(held))
+            inverse = self.scales.group(target, lambda: self._largest(held))
             word = T.bind(first * (groups * words) + group * (count * words) + number)
             store(self.tensors["sums"], target, self._codes(held, inverse, word, count), 1)
 

@@ -46,6 +46,28 @@ class Vectors:
             return T.cast(T.reinterpret(f"float16x{self.lanes}", raw), self.float)
         return self._widen(T.reinterpret(f"uint16x{self.lanes}", raw))
 
+    def power_from_bytes(self, buffer: Expr, first: Expr) -> Expr:
+        """float32 vector of powers of two from `lanes` E8M0 bytes of a flat uint8 buffer; 0 is read as zero."""
+        bits = T.cast(load(buffer, first, self.lanes), self.int)
+        return T.reinterpret(self.float, T.shift_left(bits, int_vector(23, self.lanes)))
+
+    def e4m3_from_bytes(self, buffer: Expr, first: Expr) -> Expr:
+        """float32 vector of E4M3 values times 2^-8 from `lanes` bytes of a flat uint8 buffer: as float16, whose
+        exponents are one bit longer, their bits mean just that."""
+        shorts = f"uint16x{self.lanes}"
+        wide = T.cast(load(buffer, first, self.lanes), shorts)
+        magnitude = T.bitwise_and(wide, T.broadcast(T.uint16(0x7F), self.lanes))
+        sign = T.bitwise_and(wide, T.broadcast(T.uint16(0x80), self.lanes))
+        bits = T.bitwise_or(
+            T.shift_left(magnitude, T.broadcast(T.uint16(7), self.lanes)),
+            T.shift_left(sign, T.broadcast(T.uint16(8), self.lanes)),
+        )
+        return T.cast(T.reinterpret(f"float16x{self.lanes}", bits), self.float) if self.isa.half else self._widen(bits)
+
+    def floats_from_bytes(self, buffer: Expr, first: Expr) -> Expr:
+        """float32 vector from 4 * `lanes` bytes of a flat uint8 buffer."""
+        return T.reinterpret(self.float, load(buffer, first, 4 * self.lanes))
+
     def load_bfloat(self, buffer: Expr, first: Expr) -> Expr:
         """float32 vector from `lanes` bfloat16 values of a flat uint16 buffer."""
         bits = T.cast(load(buffer, first, self.lanes), self.int)

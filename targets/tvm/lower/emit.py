@@ -1,6 +1,8 @@
 """Writing the kernel calls of pending values: norms, quantized activations, products with their epilogues."""
 
-from targets.tvm.activations import shared_exponent
+from targets.base import ActivationRounding
+from targets.tvm.activations import activation_rounding, has_base
+from targets.tvm.formats import multiplies_integers, stored_group, stored_kind
 from targets.tvm.lower.emit_attention import write_attention
 from targets.tvm.lower.program import Kernel, Size, Tensor
 from targets.tvm.lower.slice_lowering import SliceLowering
@@ -49,19 +51,10 @@ def write_product(low: SliceLowering, product: Product, epilogue: str, into: Ten
 
     With `plain`, `into` is filled instead of a new tensor.
     """
-    matrix, precision = product.matrix, product.matrix.weight.precision
+    matrix = product.matrix
     if (found := width_of(low, product.x)) != matrix.width:
         raise low.refuse(f"{matrix.name} multiplies {found} columns, it has {matrix.width}")
-    if precision.is_integer:
-        group = precision.group_size or 0
-        if group == 0 or matrix.width % group:
-            raise low.refuse(f"{matrix.name} has {matrix.width} columns, no multiple of its groups of {group}")
-        inputs = [*quantized(low, product.x, group, shared_exponent(precision))]
-        what: tuple[object, ...] = (precision, matrix.rows, matrix.width, epilogue, product.bias is not None)
-        kernel = Kernel("linear_int", what)
-    else:
-        inputs = [activations(low, product.x)]
-        kernel = Kernel("linear_float", (precision.kind, matrix.rows, matrix.width, epilogue, product.bias is not None))
+    inputs, kernel = _multiplier(low, product, epilogue)
     inputs.append(low.weight(matrix, interleaved=epilogue == "swiglu"))
     if product.bias is not None:
         inputs.append(low.vector(product.bias, matrix.rows))
@@ -72,12 +65,37 @@ def write_product(low: SliceLowering, product: Product, epilogue: str, into: Ten
     return low.call(kernel, inputs, [("float32", (rows_of(product.x), columns))])[0]
 
 
-def quantized(low: SliceLowering, value: Lowered, group: int, exponents: bool) -> tuple[Tensor, ...]:
-    """A value as int8 codes (four a word), scales (or shifts) and sums of each group, and with `exponents` a base for
-    each row; readers of equal groups and scales share them."""
-    key = ("quantized", value, group, exponents)
+def _multiplier(low: SliceLowering, product: Product, epilogue: str) -> tuple[list[Tensor], Kernel]:
+    """What a product's kernel reads of its input, and the kernel."""
+    matrix, precision = product.matrix, product.matrix.weight.precision
+    rounding, shape = activation_rounding(precision), (matrix.rows, matrix.width, epilogue, product.bias is not None)
+    if multiplies_integers(precision):
+        assert rounding is not None
+        group = stored_group(precision, matrix.width)
+        if group == 0 or matrix.width % group:
+            raise low.refuse(f"{matrix.name} has {matrix.width} columns, no multiple of its groups of {group}")
+        return [*quantized(low, product.x, group, rounding)], Kernel("linear_int", (precision, *shape))
+    x = rounded_fp8(low, product.x) if rounding == "fp8-token" else activations(low, product.x)
+    return [x], Kernel("linear_float", (stored_kind(precision), *shape))
+
+
+def rounded_fp8(low: SliceLowering, value: Lowered) -> Tensor:
+    """A value as float32 [T, K] rounded to E4M3, a scale for each row; written once."""
+    key = ("rounded", value)
     if key not in low.written:
         rows, width = rows_of(value), width_of(low, value)
+        low.written[key] = low.call(
+            Kernel("round_fp8", (width,)), [activations(low, value)], [("float32", (rows, width))]
+        )
+    return low.written[key][0]
+
+
+def quantized(low: SliceLowering, value: Lowered, group: int, rounding: ActivationRounding) -> tuple[Tensor, ...]:
+    """A value as int8 codes (four a word), scales (or shifts) and sums of each group, and with some roundings a base
+    for each row; readers of equal groups and scales share them."""
+    key = ("quantized", value, group, rounding)
+    if key not in low.written:
+        rows, width, exponents = rows_of(value), width_of(low, value), has_base(rounding)
         outputs: list[tuple[str, tuple[Size, ...]]] = [
             ("int32", (rows, width // 4)),
             ("int32" if exponents else "float32", (rows, width // group)),
@@ -86,11 +104,11 @@ def quantized(low: SliceLowering, value: Lowered, group: int, exponents: bool) -
         if exponents:
             outputs.append(("float32", (rows,)))
         if isinstance(value, Norm):
-            kernel = Kernel("norm_quantize", (width, group, value.epsilon, value.stream.chosen, exponents))
+            kernel = Kernel("norm_quantize", (width, group, value.epsilon, value.stream.chosen, rounding))
             low.written[key] = low.call(kernel, _norm_inputs(low, value), outputs)
         else:
             x = activations(low, value)
-            low.written[key] = low.call(Kernel("quantize", (width, group, exponents)), [x], outputs)
+            low.written[key] = low.call(Kernel("quantize", (width, group, rounding)), [x], outputs)
     return low.written[key]
 
 

@@ -16,6 +16,7 @@ MODULES = {
     "norm": "norm",
     "norm_quantize": "quantize",
     "quantize": "quantize",
+    "round_fp8": "round_fp8",
     "rotary_cache": "rotary_cache",
 }
 """Factory -> the module of targets.tvm.kernels that has it."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from exporter.core.canonical import CheckpointWeight
+from targets.tvm.formats import multiplies_integers, stored_kind
 from targets.tvm.lower import attention
 from targets.tvm.lower.checks import check_attributes, check_inputs, constant_integers, is_last_axis
 from targets.tvm.lower.emit import write_product
@@ -21,6 +22,7 @@ from targets.tvm.lower.values import (
     Norm,
     Part,
     Product,
+    Rounded,
     StepInput,
     Stream,
     WeightRef,
@@ -50,7 +52,7 @@ def _dequantize(low: SliceLowering, node: ir.Node) -> None:
             raise low.refuse(f"{first.name} is dequantized with {name} of another weight, {part.name}")
     precision = getattr(first.weight, "precision", None)
     found = (node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0), len(parts) == 2)
-    if precision is None or found != (1, precision.group_size, precision.symmetric):
+    if precision is None or found != (1, precision.group_of(low.shape(first)[-1]), precision.symmetric):
         raise low.refuse(f"{first.name} is dequantized with axis, block size, symmetry {found}, stored as {precision}")
     check_attributes(low, node, axis=None, block_size=None, output_dtype=0)
     low.values[node.outputs[0]] = WeightRef(first.name, first.weight)
@@ -82,9 +84,15 @@ def _matmul(low: SliceLowering, node: ir.Node) -> None:
     x, ref = (low.lowered(value) for value in node.inputs)
     if not isinstance(ref, WeightRef) or not ref.transposed or not isinstance(ref.weight, CheckpointWeight):
         raise low.refuse(f"MatMul of {[value and value.name for value in node.inputs]} without a transposed weight")
-    shape = low.shape(ref)
+    shape, asked = low.shape(ref), ref.weight.precision.activations
     if len(shape) != 2 or x is None:
         raise low.refuse(f"MatMul with {ref.name} {list(shape)}")
+    given = x.activations if isinstance(x, Rounded) else ""
+    if given != asked:
+        raise low.refuse(
+            f"the input of {ref.name} is rounded to {given or 'nothing'}, its recipe says {asked or 'not'}"
+        )
+    x = x.x if isinstance(x, Rounded) else x
     low.values[node.outputs[0]] = Product(x, Matrix(ref.name, ref.weight, *shape))
 
 
@@ -176,10 +184,10 @@ def _embed(low: SliceLowering, table: WeightRef) -> Stream:
     assert isinstance(weight, CheckpointWeight)
     if width != low.setting.config.hidden_size:
         raise low.refuse(f"{table.name} is {width} wide")
-    if weight.precision.is_integer:
-        kernel = Kernel("embedding_int", (weight.precision, rows, width))
+    if multiplies_integers(weight.precision):
+        kernel = Kernel("embedding_int", (weight.precision.weight_only, rows, width))
     else:
-        kernel = Kernel("embedding_float", (weight.precision.kind, rows, width))
+        kernel = Kernel("embedding_float", (stored_kind(weight.precision), rows, width))
     stored = low.weight(Matrix(table.name, weight, rows, width))
     low.call(kernel, [low.parameters["ids"], stored], written=(low.parameters["hidden"],))
     return low.stream

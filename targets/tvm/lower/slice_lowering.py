@@ -13,7 +13,7 @@ from targets.tvm.isa import Isa
 from targets.tvm.lower.program import Call, Kernel, LoweredSlice, Program, Size, Tensor
 from targets.tvm.lower.tensors import cache_tensors, parameters
 from targets.tvm.lower.values import Lowered, Matrix, StepInput, Stream, WeightRef
-from targets.tvm.stored import StoredWeight, stored_type
+from targets.tvm.stored import StoredWeight, stored_type, value_shape
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class SliceLowering:
         )
 
     def shape(self, ref: WeightRef) -> tuple[int, ...]:
-        """The shape of a weight of the checkpoint."""
+        """The shape of a weight."""
         if not isinstance(ref.weight, CheckpointWeight):
-            return (ref.weight.length, len(ref.weight.inverse_frequencies))
+            return value_shape(ref.weight)
         return weight_shape(self.setting.checkpoint, ref.weight)
 
     def call(

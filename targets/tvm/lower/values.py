@@ -63,6 +63,14 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """A value as a recipe asks for it in front of a matrix: rounded to `activations`, such as int8/token."""
+
+    x: "Lowered"
+    activations: str
+
+
+@dataclass(frozen=True)
 class Product:
     """x times a matrix, plus a bias."""
 

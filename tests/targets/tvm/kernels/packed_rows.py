@@ -38,3 +38,14 @@ def quantized_with_exponents(x: np.ndarray, group: int) -> tuple[np.ndarray, np.
     codes = np.rint(groups * np.ldexp(inverse, -exponent)[..., None]).astype(np.int32)
     shifts, bases = (exponent + 32) << 23, np.ldexp(np.where(top < 2.0**-80, np.float32(0), base), -32)[:, 0]
     return codes.astype(np.int8).reshape(x.shape), shifts, codes.sum(axis=2, dtype=np.int32), bases
+
+
+def quantized_by_token(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The same with one scale for a row: all exponents are 0."""
+    top = np.abs(x).max(axis=1)
+    zero, base = top < 2.0**-80, top / np.float32(127)
+    inverse = np.float32(1) / np.where(zero, np.float32(np.inf), base)
+    codes = np.rint(x * inverse[:, None]).astype(np.int32)
+    sums = codes.reshape(len(x), -1, group).sum(axis=2, dtype=np.int32)
+    bases = np.ldexp(np.where(zero, np.float32(0), base), -32)
+    return codes.astype(np.int8), np.full_like(sums, 32 << 23), sums, bases

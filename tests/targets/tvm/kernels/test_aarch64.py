@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("tvm", reason="apache-tvm is not installed")
 
-from exporter.core.recipe import Precision
+from exporter.core.recipe import CHANNEL, Precision
 from targets.tvm.isa import PROFILES, Isa
 from tests.support.qemu import aarch64
 from tests.targets.tvm.kernels import (
@@ -14,24 +14,32 @@ from tests.targets.tvm.kernels import (
     test_norm,
     test_quantize,
     test_rotary_cache,
+    test_round_fp8,
 )
 
 CASES = {
     "norm": (test_norm, "test_rows_are_normalized", (75,)),
-    "quantize": (test_quantize, "test_codes_scales_and_sums_are_exact", (96, 32, False)),
-    "exponents": (test_quantize, "test_codes_scales_and_sums_are_exact", (96, 32, True)),
-    "ties": (test_quantize, "test_ties_go_to_even_and_zeros_stay_zero", (True,)),
-    "norm_quantize": (test_quantize, "test_norm_quantize_is_norm_and_then_quantize", (True, True)),
+    "quantize": (test_quantize, "test_codes_scales_and_sums_are_exact", (96, 32, "group")),
+    "exponents": (test_quantize, "test_codes_scales_and_sums_are_exact", (96, 32, "shared-exponent")),
+    "ties": (test_quantize, "test_ties_go_to_even_and_zeros_stay_zero", ("shared-exponent",)),
+    "norm_quantize": (test_quantize, "test_norm_quantize_is_norm_and_then_quantize", (True, "token")),
     "bounds": (test_quantize, "test_exponents_at_their_bounds", ()),
     "int4": (test_linear_int, "test_sums_are_exact", (Precision("int4", 32),)),
     "int4-asymmetric": (test_linear_int, "test_sums_are_exact", (Precision("int4", 32, False),)),
     "int6": (test_linear_int, "test_sums_are_exact", (Precision("int6", 32),)),
+    "nvfp4": (test_linear_int, "test_sums_are_exact", (Precision("nvfp4", 16),)),
+    "mxfp4": (test_linear_int, "test_sums_are_exact", (Precision("mxfp4", 32),)),
+    "channel": (test_linear_int, "test_scales_of_rows", (Precision("int8", CHANNEL, activations="int8/token"), 96)),
     "int8": (test_linear_int, "test_sums_are_exact", (Precision("int8", 32),)),
     "int8-asymmetric": (test_linear_int, "test_sums_are_exact", (Precision("int8", 32, False),)),
     "embedding": (test_embedding, "test_integer_rows_are_exact", (Precision("int4", 32, False),)),
+    "embedding-nvfp4": (test_embedding, "test_integer_rows_are_exact", (Precision("nvfp4", 16),)),
     "fp32": (test_linear_float, "test_any_number_of_rows", ("fp32",)),
     "bf16": (test_linear_float, "test_any_number_of_rows", ("bf16",)),
     "fp16": (test_linear_float, "test_any_number_of_rows", ("fp16",)),
+    "fp8": (test_linear_float, "test_any_number_of_rows", ("fp8",)),
+    "embedding-fp8": (test_embedding, "test_fp8_rows_are_exact", ()),
+    "round_fp8": (test_round_fp8, "test_all_codes_ties_and_their_neighbours", ()),
     "halves": (test_rotary_cache, "test_halves_round_to_nearest_even", ()),
 }
 

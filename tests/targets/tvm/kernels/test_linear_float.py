@@ -1,5 +1,6 @@
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -11,10 +12,12 @@ pytest.importorskip("tvm")
 from targets.tvm.isa import Isa
 from targets.tvm.kernels.linear_float import float_tiles, linear_float
 
-KINDS = ("fp32", "fp16", "bf16")
+KINDS = ("fp32", "fp16", "bf16", "fp8")
 
 
 def stored(values: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "fp8":
+        return values.astype(ml_dtypes.float8_e4m3fn)
     return bfloat_bits(values) if kind == "bf16" else values.astype({"fp32": np.float32, "fp16": np.float16}[kind])
 
 
@@ -35,14 +38,15 @@ def check(isa: Isa, kind: str, rows: int, width: int, epilogue: str, bias: bool,
     random = np.random.default_rng(rows + width)
     weights = stored(random.normal(size=(rows, width)).astype(np.float32), kind)
     offsets = aligned(random.normal(size=rows).astype(np.float32))
-    packed = aligned(pack_floats(isa, weights, epilogue == "swiglu"))
+    factors = random.lognormal(size=(rows, 1)).astype(np.float32) if kind == "fp8" else None
+    packed = aligned(pack_floats(isa, weights, epilogue == "swiglu", factors))
     run = compiled(linear_float(isa, "linear", kind, rows, width, epilogue, bias), isa)
     for count in counts:
         x = aligned(random.normal(size=(count, width)).astype(np.float32))
         y = aligned(random.normal(size=(count + 1, rows // 2 if epilogue == "swiglu" else rows)).astype(np.float32))
         before = y.copy()
         run(x, packed, *([offsets] if bias else []), y[:count])
-        wide = widened(weights, kind)
+        wide = widened(weights, kind) * (1 if factors is None else factors)
         expected = reference(x, wide, offsets if bias else 0.0, epilogue, before[:count])
         # Every addition of a float32 sum errs by at most 2^-24 of the magnitudes; the epilogue adds a few roundings.
         magnitude = np.abs(x).astype(np.float64) @ np.abs(wide).T + np.abs(offsets)

@@ -21,7 +21,7 @@ def product(isa: Isa, x: np.ndarray, weights: np.ndarray, tuning: Tuning) -> np.
     shapes = ((len(x), WIDTH // 4), (len(x), WIDTH // 32), (len(x), WIDTH // 32))
     outputs = [*(aligned(np.zeros(shape, np.int32)) for shape in shapes), aligned(np.zeros(len(x), np.float32))]
     y = aligned(np.full((len(x), ROWS), np.nan, np.float32))
-    compiled(quantize(isa, "quantize", WIDTH, 32, True, tuning), isa)(x, *outputs)
+    compiled(quantize(isa, "quantize", WIDTH, 32, "shared-exponent", tuning), isa)(x, *outputs)
     compiled(linear_int(isa, "linear", PRECISION, ROWS, WIDTH, "plain", False, tuning), isa)(*outputs, weights, y)
     return y
 

@@ -44,7 +44,7 @@ def test_calls_follow_the_contract(tiny_checkpoint):
     layer, config = lowered(source).layers[0].program, source.config
     norm, qkv, rotary, attention, codes, output, _, gate_up, _, down = layer.calls
     wide, hidden, precision = config.intermediate_size, config.hidden_size, RECIPES["int4-asym"].linear
-    assert norm.kernel.arguments == (hidden, 16, config.rms_norm_eps, False, True)
+    assert norm.kernel.arguments == (hidden, 16, config.rms_norm_eps, False, "shared-exponent")
     assert [tensor.dtype for tensor in norm.outputs] == ["int32", "int32", "int32", "float32"]
     assert [tensor.shape for tensor in norm.outputs] == [
         ("T", hidden // 4), ("T", hidden // 16), ("T", hidden // 16), ("T",),
@@ -58,7 +58,7 @@ def test_calls_follow_the_contract(tiny_checkpoint):
     assert rotary.written == layer.cache
     assert [tensor.name for tensor in layer.cache] == ["key", "value", "key_scale", "value_scale"]
     assert attention.inputs == (*rotary.outputs, layer.parameters[3], *layer.cache)
-    assert codes.kernel.arguments == (64, 16, True)
+    assert codes.kernel.arguments == (64, 16, "shared-exponent")
     assert (output.kernel.arguments[3], output.written) == ("add", (layer.parameters[0],))
     assert gate_up.kernel.arguments == (precision, 2 * wide, hidden, "swiglu", True)
     assert gate_up.outputs[0].shape == ("T", wide)
@@ -69,7 +69,7 @@ def test_the_head_reads_the_wanted_rows_and_fills_the_logits(tiny_checkpoint):
     head = lowered(tvm_source(tiny_checkpoint("odd_vocabulary"), "int8")).head.program
     norm, product = head.calls
     assert [tensor.name for tensor in norm.inputs] == ["hidden", "out_rows", "norm.weight"]
-    assert norm.kernel.arguments[-2:] == (True, False)
+    assert norm.kernel.arguments[-2:] == (True, "group")
     assert [tensor.dtype for tensor in norm.outputs] == ["int32", "float32", "int32"]
     assert [tensor.shape[0] for tensor in norm.outputs] == ["Q", "Q", "Q"]
     assert product.written == (head.result,)
