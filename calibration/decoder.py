@@ -14,13 +14,6 @@ from torch.nn import functional
 from exporter.core.config import ModelConfig
 
 ATTENTION_MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-READ_BY = {
-    "attention_input": ATTENTION_MATRICES,
-    "attention_output": ("self_attn.o_proj",),
-    "mlp_input": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp_hidden": ("mlp.down_proj",),
-}
-"""The matrices that multiply the value of each point, in the order the data takes."""
 
 
 @dataclass(frozen=True)

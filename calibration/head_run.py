@@ -36,7 +36,8 @@ def run_head(checkpoint: Checkpoint, recipe: Recipe, hidden: Activations, batch:
     if not chooser.chooses:
         return
     writer.add_codes(config.head_source, _blocks(checkpoint, config.head_source, chooser))
-    writer.add_report(MODULE, chooser.report)
+    if chooser.report:
+        writer.add_report(MODULE, chooser.report)
 
 
 def _blocks(checkpoint: Checkpoint, name: str, chooser: CodeChooser) -> Iterator[QuantizedRows]:
