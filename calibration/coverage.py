@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from exporter.core.config import ModelConfig
@@ -94,17 +94,21 @@ def kernel_group(precision: Precision, width: int) -> int:
     return max((group for group in GROUP_SIZES if width % group == 0), default=0)
 
 
-def check_packs(config: ModelConfig, recipe: Recipe) -> None:
-    """Raise InputError (`recipe.packs`) naming every matrix that is stacked with one of another precision: engines
-    compute q, k and v in one product, and gate and up."""
-    faults = []
-    for layer in range(config.num_layers):
-        for pack in PACKS:
-            asked = {name: recipe.layer_precision(layer, name) for name in pack}
-            if len(set(asked.values())) > 1:
-                parts = ", ".join(f"{name} {precision.describe()}" for name, precision in asked.items())
-                faults.append(f"layers.{layer}: {parts}")
-    if faults:
+def check_layers(config: ModelConfig, recipe: Recipe) -> None:
+    """Whether the recipe's overrides make sense on this architecture.
+
+    InputError `recipe.overrides` names those that match no matrix, `recipe.packs` every matrix that is stacked with
+    one of another precision: engines compute q, k and v in one product, and gate and up.
+    """
+    modules = [(layer, name) for layer in range(config.num_layers) for name in config.linear_shapes]
+    unused = [each.pattern for each in recipe.overrides if not any(each.matches(*module) for module in modules)]
+    if unused:
+        raise InputError(
+            "recipe.overrides",
+            f"no matrix of the {config.num_layers} layers is matched by {', '.join(map(repr, unused))}",
+            f"names are like layers.0.{next(iter(config.linear_shapes))}, with * for any part",
+        )
+    if faults := [fault for layer in range(config.num_layers) for fault in _pack_faults(layer, recipe)]:
         raise InputError(
             "recipe.packs",
             f"matrices that are computed together have different precisions: {'; '.join(faults)}",
@@ -112,12 +116,20 @@ def check_packs(config: ModelConfig, recipe: Recipe) -> None:
         )
 
 
+def _pack_faults(layer: int, recipe: Recipe) -> Iterator[str]:
+    for pack in PACKS:
+        asked = {name: recipe.layer_precision(layer, name) for name in pack}
+        if len(set(asked.values())) > 1:
+            parts = ", ".join(f"{name} {precision.describe()}" for name, precision in asked.items())
+            yield f"layers.{layer}: {parts}"
+
+
 def coverage(config: ModelConfig, recipe: Recipe, scale_bits: int = 32, code_bits: CodeBits = plain_bits) -> Coverage:
     """What the recipe achieves on this architecture; `scale_bits` and `code_bits`: how a target stores it.
 
-    Raises InputError where matrices that are stacked ask for different precisions.
+    Raises InputError where overrides make no sense (`check_layers`).
     """
-    check_packs(config, recipe)
+    check_layers(config, recipe)
     hidden, vocabulary = config.hidden_size, config.vocab_size
     tensors = [_tensor("model.embed_tokens.weight", (vocabulary, hidden), recipe.embedding.weight_only)]
     for layer in range(config.num_layers):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from calibration.coverage import actual_precision, check_packs
+from calibration.coverage import actual_precision, check_layers
 from calibration.insert_rounding import RoundInputs
 from calibration.insert_weights import InsertWeights
 from exporter.core.canonical import CanonicalModel, CheckpointWeight, ScaleValue, Slice, Weight
@@ -28,7 +28,7 @@ def apply_recipe(
     `input_scales` holds the scale of the input of each module (`model.layers.0.self_attn.q_proj`, `lm_head`) whose
     precision has one from calibration. `config` may say that the head is a tensor of its own where `model` has it tied.
     """
-    check_packs(config, recipe)
+    check_layers(config, recipe)
     converted: dict[tuple[int, tuple[tuple[str, Precision], ...]], ir.Model] = {}
 
     def convert(part: Slice) -> Slice:
@@ -59,7 +59,7 @@ def _precisions(part: Slice, weights: dict[str, Weight], recipe: Recipe, config:
 
 
 def _requested(part: Slice, weight: CheckpointWeight, recipe: Recipe) -> Precision:
-    """What the recipe asks of a matrix: stacked ones ask the same for all their parts (`check_packs`)."""
+    """What the recipe asks of a matrix: stacked ones ask the same for all their parts (`check_layers`)."""
     if part.kind == "embedding":
         return recipe.embedding.weight_only
     if part.kind == "head":

@@ -1,28 +1,21 @@
-"""The recipes by name, and recipes written as TOML files (docs/recipes.md)."""
+"""The recipes by name, and how a recipe is asked for: a name or a file, and overrides."""
 
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exporter.core.errors import InputError, UnsupportedError
-from exporter.core.recipe import BITS, INTEGER_BITS, KV_CACHES, SYMMETRIC_ONLY, Precision, Recipe
+from calibration.coverage import TensorCoverage
+from calibration.precision_text import DEFAULT_GROUP_SIZE as DEFAULT_GROUP_SIZE
+from calibration.precision_text import parse_precision as parse_precision
+from calibration.recipe_file import PARTS as PARTS
+from calibration.recipe_file import RecipeFile, read_recipe_file
+from calibration.recipe_file import checked_kv_cache as checked_kv_cache
+from calibration.recipe_rules import checked, rotated
+from exporter.core.errors import InputError
+from exporter.core.recipe import CHANNEL, FIXED_GROUPS, TENSOR, Precision, Recipe
 
-DEFAULT_GROUP_SIZE = 32
-PLANNED = (
-    "int8-smoothquant",
-    "int4-awq",
-    "int4-gptq",
-    "nf4",
-    "w4a8",
-    "fp8",
-    "fp8-channel",
-    "nvfp4",
-    "mxfp4",
-    "auto",
-)
-PLANNED_KV_CACHES = ("fp8",)
-PARTS = ("linear", "lm_head", "embedding")
+TYPICAL_SHAPE = (4096, 4096)
+"""A matrix for whose size bits a weight are told: scales of a row or a matrix weigh next to nothing in it."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +25,37 @@ class Preset:
     recipe: Recipe
     summary: str
 
+    @property
+    def costs(self) -> str:
+        """Bits a weight with a float32 for each scale that the format does not fix."""
+        linear, head, embedding = (f"{_bits(getattr(self.recipe, part)):.4g}" for part in PARTS)
+        if linear == head == embedding:
+            return f"{linear} bits a weight"
+        return f"{linear} bits a weight, lm_head {head}, embedding {embedding}"
+
+    @property
+    def needs(self) -> str:
+        """What must be given beside the checkpoint."""
+        return "calibration text" if self.recipe.needs_data else "nothing"
+
+
+def _bits(precision: Precision) -> float:
+    return TensorCoverage("", TYPICAL_SHAPE, precision, precision).stored_bits(32) / (
+        TYPICAL_SHAPE[0] * TYPICAL_SHAPE[1]
+    )
+
 
 def _uniform(name: str, precision: Precision) -> Recipe:
     return Recipe(name, precision, precision, precision)
 
 
 _FP32, _BF16, _FP16 = Precision("fp32"), Precision("bf16"), Precision("fp16")
-_INT8 = Precision("int8", DEFAULT_GROUP_SIZE)
-_INT4 = Precision("int4", DEFAULT_GROUP_SIZE)
+_INT8, _INT4, _NF4 = Precision("int8", DEFAULT_GROUP_SIZE), Precision("int4", DEFAULT_GROUP_SIZE), Precision("nf4", 64)
 _INT4_ASYMMETRIC = Precision("int4", DEFAULT_GROUP_SIZE, symmetric=False)
+_W8A8 = Precision("int8", CHANNEL, activations="int8/token")
+_W4A8 = Precision("int4", DEFAULT_GROUP_SIZE, activations="int8/token")
+_FP8_TENSOR = Precision("fp8", TENSOR, activations="fp8/tensor")
+_FP8_CHANNEL = Precision("fp8", CHANNEL, activations="fp8/token")
 
 PRESETS: dict[str, Preset] = {
     preset.recipe.name: preset
@@ -50,6 +65,11 @@ PRESETS: dict[str, Preset] = {
         Preset(_uniform("fp16", _FP16), "Weights in float16."),
         Preset(_uniform("int8-weight", _INT8), "8-bit weights, a scale per 32."),
         Preset(
+            Recipe("int8-smoothquant", _W8A8, _INT8, _INT8, algorithms=("smoothquant",)),
+            "8-bit weights, a scale a row, times 8-bit activations, a scale a token; outliers of activations are moved "
+            "into the weights (SmoothQuant).",
+        ),
+        Preset(
             Recipe("int4-rtn", _INT4, _INT4, _INT8),
             "4-bit weights rounded to nearest with error-minimising scales, a scale per 32; 8-bit embedding. "
             "Target tvm: head and embedding in 6 bits.",
@@ -58,18 +78,54 @@ PRESETS: dict[str, Preset] = {
             Recipe("int4-rtn-asym", _INT4_ASYMMETRIC, _INT4_ASYMMETRIC, _INT8),
             "The same with a zero point per group: smaller error, slower to build.",
         ),
+        Preset(
+            Recipe("int4-awq", _INT4, _INT4, _INT8, algorithms=("awq",)),
+            "As int4-rtn, with channels that carry large activations scaled up before rounding (AWQ).",
+        ),
+        Preset(
+            Recipe("int4-gptq", _INT4, _INT4, _INT8, algorithms=("gptq",)),
+            "As int4-rtn, each code chosen so that it makes up for the errors of those before it (GPTQ): the best "
+            "4-bit quality.",
+        ),
+        Preset(
+            Recipe("nf4", _NF4, _NF4, _INT8),
+            "4-bit codes of QLoRA's 16 levels, which fit normally distributed weights; a scale per 64.",
+        ),
+        Preset(
+            Recipe("w4a8", _W4A8, _INT4, _INT8, algorithms=("gptq",)),
+            "4-bit weights by GPTQ times 8-bit activations, a scale a token.",
+        ),
+        Preset(
+            Recipe("fp8", _FP8_TENSOR, _BF16, _BF16),
+            "E4M3 weights and activations, a scale a matrix and one from calibration for its input.",
+        ),
+        Preset(
+            Recipe("fp8-channel", _FP8_CHANNEL, _BF16, _BF16),
+            "E4M3 weights and activations, a scale a row and one a token.",
+        ),
+        Preset(
+            Recipe("nvfp4", Precision("nvfp4", 16), _BF16, _BF16),
+            "E2M1 weights with an E4M3 scale per 16 and a float for the matrix, as NVIDIA Blackwell has them.",
+        ),
+        Preset(
+            Recipe("mxfp4", Precision("mxfp4", 32), _BF16, _BF16),
+            "E2M1 weights with a power of two per 32, as the OCP standard has them.",
+        ),
+        Preset(
+            Recipe("auto", Precision("int4", 128), _INT4, _INT8, algorithms=("gptq",)),
+            "Measures each layer's sensitivity and gives it 4, 6 or 8 bits, under --target-bits, --target-bytes or "
+            "--max-kl.",
+        ),
     )
 }
 
 
 def preset(name: str) -> Recipe:
-    """The recipe of a name. UnsupportedError for planned ones, InputError for unknown ones."""
+    """The recipe of a name. InputError for unknown ones."""
     if name in PRESETS:
         return PRESETS[name].recipe
-    available = f"available: {', '.join(PRESETS)}"
-    if name in PLANNED:
-        raise UnsupportedError("recipe.planned", f"recipe {name!r} is not available yet", available)
-    raise InputError("recipe.unknown", f"recipe {name!r} is unknown", f"{available}; or the path of a TOML file")
+    remedy = f"available: {', '.join(PRESETS)}; or the path of a TOML file"
+    raise InputError("recipe.unknown", f"recipe {name!r} is unknown", remedy)
 
 
 def load_recipe(
@@ -79,133 +135,44 @@ def load_recipe(
     lm_head: str | None = None,
     embedding: str | None = None,
     kv_cache: str | None = None,
+    rotate: bool = False,
     complete: Callable[[Recipe, frozenset[str]], Recipe] | None = None,
 ) -> Recipe:
     """A preset's name or a TOML file, with the command line's overrides applied in the order of the parameters.
 
-    `lm_head` and `embedding` are PRECISION strings, see `parse_precision`. `complete`, a target's, chooses head,
-    embedding and cache where neither a parameter nor the file names them.
+    `lm_head` and `embedding` are PRECISION strings, see `parse_precision`; `rotate` puts a rotation before all
+    algorithms. `complete`, a target's, chooses head, embedding and cache where neither a parameter nor the file names
+    them. Raises InputError for what contradicts itself.
     """
     path = Path(source)
-    recipe, named = _read(path) if path.suffix == ".toml" else (preset(str(source)), frozenset[str]())
+    found = _from_file(path) if path.suffix == ".toml" else RecipeFile(preset(str(source)), frozenset(), frozenset())
+    recipe = found.recipe
     if group_size is not None:
         recipe = _regroup(recipe, group_size)
-    inherited = recipe.linear.group_size or group_size or DEFAULT_GROUP_SIZE
+    inherited = group_size or max(recipe.linear.group_size or 0, 0) or DEFAULT_GROUP_SIZE
     if lm_head is not None:
         recipe = replace(recipe, lm_head=parse_precision(lm_head, inherited))
     if embedding is not None:
         recipe = replace(recipe, embedding=parse_precision(embedding, inherited))
     if kv_cache is not None:
         recipe = replace(recipe, kv_cache=checked_kv_cache(kv_cache))
+    recipe = checked(rotated(recipe) if rotate else recipe, found.named_options)
     given = {"lm_head": lm_head, "embedding": embedding, "kv_cache": kv_cache}
-    unnamed = frozenset(part for part, value in given.items() if value is None) - named
+    unnamed = frozenset(part for part, value in given.items() if value is None) - found.named
     return complete(recipe, unnamed) if complete else recipe
-
-
-def parse_precision(text: str, group_size: int = DEFAULT_GROUP_SIZE) -> Precision:
-    """`int4`, `int4/g128`, `int4/g32/asym`, `int8`, `bf16`, ...: the form `Precision.describe` writes.
-
-    `group_size` holds where the text names none. Raises InputError.
-    """
-    kind, *options = text.split("/")
-    symmetric, group = True, None
-    for option in options:
-        if option == "asym" and symmetric:
-            symmetric = False
-        elif option[:1] == "g" and option[1:].isdecimal() and group is None:
-            group = int(option[1:])
-        else:
-            raise InputError("recipe.precision", f"precision {text!r}: {option!r} means nothing", _precision_forms())
-    if kind not in BITS or (options and kind not in INTEGER_BITS):
-        raise InputError("recipe.precision", f"unknown precision {text!r}", _precision_forms())
-    if kind not in INTEGER_BITS:
-        return Precision(kind)
-    return Precision(kind, group_size if group is None else group, symmetric)
 
 
 def read_recipe(path: Path) -> Recipe:
     """A recipe from a TOML file; what it leaves out comes from its `base`. Raises InputError naming the entry."""
-    return _read(path)[0]
+    return _from_file(path).recipe
 
 
-def _read(path: Path) -> tuple[Recipe, frozenset[str]]:
-    """The recipe of a file, and the parts that the file names."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError("recipe.file", f"cannot read {path}: {error.strerror}", "give an existing file") from error
-    except ValueError as error:
-        raise InputError("recipe.file", f"{path} is not TOML: {error}", "see docs/recipes.md") from error
-    _known_keys(path, table, {"base", "name", "kv_cache", *PARTS})
-    base, name = _string(path, table, "base", "int4-rtn"), _string(path, table, "name", path.stem)
-    recipe = replace(preset(base), name=name)
-    for part in PARTS:
-        section = table.get(part, {})
-        if not isinstance(section, dict):
-            raise _bad_entry(path, part, section, "a table, as in [linear]")
-        changed = _section_precision(path, part, section, getattr(recipe, part))
-        recipe = _with_part(recipe, part, changed)
-    if "kv_cache" in table:
-        recipe = replace(recipe, kv_cache=checked_kv_cache(_string(path, table, "kv_cache", "")))
-    return recipe, frozenset(table)
-
-
-def _section_precision(path: Path, part: str, section: dict[str, object], base: Precision) -> Precision:
-    """The base's precision with the entries of one table; a new kind keeps only what fits it."""
-    _known_keys(path, section, {"kind", "group_size", "symmetric"}, f"[{part}] ")
-    kind = _string(path, section, "kind", base.kind)
-    group = section.get("group_size")
-    if group is not None and (isinstance(group, bool) or not isinstance(group, int)):
-        raise _bad_entry(path, f"[{part}] group_size", group, "a whole number")
-    symmetric = section.get("symmetric", base.symmetric or kind in SYMMETRIC_ONLY)
-    if not isinstance(symmetric, bool):
-        raise _bad_entry(path, f"[{part}] symmetric", symmetric, "true or false")
-    if kind in INTEGER_BITS:
-        return Precision(kind, (base.group_size or DEFAULT_GROUP_SIZE) if group is None else group, symmetric)
-    if "symmetric" in section:
-        raise _bad_entry(path, f"[{part}] symmetric", symmetric, f"left out: {kind} has no codes")
-    return Precision(kind, group)
-
-
-def _with_part(recipe: Recipe, part: str, precision: Precision) -> Recipe:
-    if part == "linear":
-        return replace(recipe, linear=precision)
-    return replace(recipe, lm_head=precision) if part == "lm_head" else replace(recipe, embedding=precision)
+def _from_file(path: Path) -> RecipeFile:
+    return read_recipe_file(path, preset)
 
 
 def _regroup(recipe: Recipe, group_size: int) -> Recipe:
-    if not any(p.is_integer for p in (recipe.linear, recipe.lm_head, recipe.embedding)):
+    changed = recipe.with_group_size(group_size)
+    if not any((p.group_size or 0) > 0 and p.kind not in FIXED_GROUPS for p in recipe.precisions):
         raise InputError("recipe.group_size", f"recipe {recipe.name!r} has no groups", "leave --group-size out")
-    return recipe.with_group_size(group_size)
-
-
-def checked_kv_cache(kind: str) -> str:
-    """A known kind of KV cache. UnsupportedError for planned ones, InputError for unknown ones."""
-    available = f"available: {', '.join(KV_CACHES)}"
-    if kind in PLANNED_KV_CACHES:
-        raise UnsupportedError("recipe.kv_cache", f"a KV cache in {kind} is not available yet", available)
-    if kind not in KV_CACHES:
-        raise InputError("recipe.kv_cache", f"unknown KV cache precision {kind!r}", available)
-    return kind
-
-
-def _known_keys(path: Path, table: dict[str, object], known: set[str], where: str = "") -> None:
-    if unknown := sorted(table.keys() - known):
-        raise InputError(
-            "recipe.file", f"{path.name}: {where}has unknown entries {', '.join(unknown)}", f"known: {sorted(known)}"
-        )
-
-
-def _string(path: Path, table: dict[str, object], key: str, default: str) -> str:
-    value = table.get(key, default)
-    if not isinstance(value, str):
-        raise _bad_entry(path, key, value, "a string")
-    return value
-
-
-def _bad_entry(path: Path, key: str, value: object, wanted: str) -> InputError:
-    return InputError("recipe.file", f"{path.name}: {key} is {value!r}", f"it must be {wanted}; see docs/recipes.md")
-
-
-def _precision_forms() -> str:
-    return f"use one of {', '.join(BITS)}; integers also as int4/g128 or int4/g32/asym"
+    return changed

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from calibration.presets import PLANNED, PRESETS, load_recipe, parse_precision, preset, read_recipe
-from exporter.core.errors import InputError, UnsupportedError
+from calibration.presets import PRESETS, load_recipe, parse_precision, preset, read_recipe
+from exporter.core.errors import InputError
 from exporter.core.recipe import Precision, Recipe
 
 INT4, INT8 = Precision("int4", 32), Precision("int8", 32)
@@ -19,20 +19,16 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_the_presets_are_those_of_the_contract() -> None:
-    assert list(PRESETS) == ["fp32", "bf16", "fp16", "int8-weight", "int4-rtn", "int4-rtn-asym"]
+    assert list(PRESETS) == [
+        *("fp32", "bf16", "fp16", "int8-weight", "int8-smoothquant", "int4-rtn", "int4-rtn-asym"),
+        *("int4-awq", "int4-gptq", "nf4", "w4a8", "fp8", "fp8-channel", "nvfp4", "mxfp4", "auto"),
+    ]
     for name, entry in PRESETS.items():
         assert preset(name) is entry.recipe and entry.recipe.name == name and entry.summary
     assert preset("fp32").lossless
     assert preset("int4-rtn").linear == INT4 and preset("int4-rtn").lm_head == INT4
     assert preset("int8-weight").linear == preset("int8-weight").embedding == INT8
     assert preset("int4-rtn-asym").linear == Precision("int4", 32, symmetric=False)
-
-
-@pytest.mark.parametrize("name", PLANNED)
-def test_planned_recipes_are_refused_as_not_available_yet(name: str) -> None:
-    with pytest.raises(UnsupportedError, match="not available yet") as caught:
-        load_recipe(name)
-    assert caught.value.exit_code == 3 and "int4-rtn" in caught.value.remedy
 
 
 @pytest.mark.parametrize("name", ["int5", "", "INT4-RTN", "../int4-rtn"])
@@ -76,10 +72,8 @@ def test_bad_precisions(text: str) -> None:
 
 def test_kv_cache() -> None:
     assert load_recipe("int4-rtn").kv_cache == "fp32"
-    for kind in ("fp32", "fp16", "int8"):
+    for kind in ("fp32", "fp16", "int8", "fp8"):
         assert load_recipe("int4-rtn", kv_cache=kind).kv_cache == kind
-    with pytest.raises(UnsupportedError, match="not available yet"):
-        load_recipe("int4-rtn", kv_cache="fp8")
     for unknown in ("int3", ""):
         with pytest.raises(InputError, match="unknown KV cache"):
             load_recipe("int4-rtn", kv_cache=unknown)

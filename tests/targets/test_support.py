@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.presets import PLANNED, PRESETS, preset
+from calibration.presets import PRESETS, preset
 from exporter.core.config import parse_config
 from exporter.core.errors import UnsupportedError
 from exporter.core.recipe import FLOAT_KINDS, GROUP_SIZES, INTEGER_BITS, Precision, Recipe
@@ -42,13 +42,6 @@ def test_the_page_has_every_recipe_and_target():
 def test_recipes_are_as_the_page_says(name, shape):
     for target, level in table("recipe")[name].items():
         assert get_target(target).supports(config(shape), preset(name)).level == level
-
-
-@pytest.mark.parametrize("name", PLANNED)
-def test_planned_recipes_are_refused_by_name(name):
-    assert f"`{name}`" in PAGE
-    with pytest.raises(UnsupportedError, match=name):
-        preset(name)
 
 
 def cells() -> dict[str, list[str]]:
