@@ -93,7 +93,7 @@ class _Table:
     def allocation(self, parts: int) -> Allocation:
         """The choices behind an entry, followed back from the last unit."""
         chosen: dict[str, Choice] = {}
-        for (unit, choices), picks in zip(reversed(self._units.items()), reversed(self._picks), strict=True):
+        for (unit, choices), picks in zip(reversed(list(self._units.items())), reversed(self._picks), strict=True):
             choice = choices[int(picks[parts])]
             chosen[unit] = choice
             parts -= self._size(choice, choices)

@@ -75,7 +75,8 @@ def calibrate(
     budget = store_budget(config, recipe, data.ids.shape[1], options.max_ram)
     with _torch_threads(options.threads):
         if recipe.name == auto.NAME:
-            recipe = auto.resolve(checkpoint, recipe, data, options.budget, progress)
+            source = with_transforms(checkpoint, rotations(recipe, options.seed))
+            recipe = auto.resolve(source, recipe, data, options.budget, progress).recipe
         with work_directory(options.work_dir, out, _binding(checkpoint, recipe, data, options)) as work:
             run = _Run(checkpoint, recipe, data, options, work, ActivationStore(work.path, budget), progress)
             run.layers()

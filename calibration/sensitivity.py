@@ -1,0 +1,225 @@
+"""How much each unit of a model costs when it is rounded: the measurements behind the recipe `auto`.
+
+A unit is what shares a precision in every target: the matrices that read one point of a layer (q, k and v; gate and
+up), the head, the embedding. Each is rounded to nearest alone, at REFERENCE, and the model with it runs on a few
+sequences of the calibration text: its mean KL against the model itself is the unit's cost. Costs at other precisions
+follow from it in proportion to the squared error of the unit's own output, which KL is quadratic in. The head's are all
+measured.
+
+All variants pass through a layer together, so that every weight is read once; their hidden states wait in the store.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from calibration.activation_store import Activations, ActivationStore, batches
+from calibration.decoder import DecoderLayer, rms_norm
+from calibration.divergence import mean_divergences
+from calibration.rtn import magnitude, quantize_rows, wants_tensor_amax
+from calibration.transforms import CONSUMERS
+from exporter.core.canonical import CheckpointWeight
+from exporter.core.checkpoint import EMBEDDING, HEAD, Checkpoint
+from exporter.core.recipe import Precision
+from exporter.core.weights import read_weight_rows, row_chunks
+
+REFERENCE = Precision("int4", 128)
+SCORED = 512
+BATCH = 4
+Advance = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What shares a precision: checkpoint tensors [N, K], and the mean KL at each candidate precision."""
+
+    name: str
+    tensors: tuple[str, ...]
+    divergences: dict[Precision, float] = field(default_factory=dict)
+
+
+def measure(
+    checkpoint: Checkpoint, ids: np.ndarray, candidates: Sequence[Precision], store: ActivationStore, advance: Advance
+) -> list[Unit]:
+    """The cost of every unit of the model at every candidate, over sequences of ids [n, S].
+
+    Units: `embedding`, `layers.3.attention_input` ... (points of calibration.transforms), `head`. Candidates that
+    do not divide a unit's width are left out there. `advance(fraction, detail)` reports progress.
+    """
+    with torch.inference_mode():
+        return _Measurement(checkpoint, ids, list(candidates), store, advance).run()
+
+
+class _Measurement:
+    """The walk of the model and its variants through embedding, layers and head."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: np.ndarray,
+        candidates: list[Precision],
+        store: ActivationStore,
+        advance: Advance,
+    ) -> None:
+        self.checkpoint, self.config, self.ids = checkpoint, checkpoint.config, ids
+        self.candidates, self.store, self.advance = candidates, store, advance
+        self.shape = (*ids.shape, self.config.hidden_size)
+        self.units: list[Unit] = []
+        self.errors: dict[str, dict[Precision, float]] = {}
+        self.variants: dict[str, Activations] = {}
+        self.base = store.make(self.shape)
+
+    def run(self) -> list[Unit]:
+        layers = self.config.num_layers
+        self._embed()
+        for index in range(layers):
+            self.advance(index / (layers + 1), f"sensitivity, layer {index} of {layers}")
+            self._layer(index)
+        self.advance(layers / (layers + 1), "sensitivity, head")
+        self._head()
+        self.store.drop(self.base)
+        for variant in self.variants.values():
+            self.store.drop(variant)
+        return self.units
+
+    def _fitting(self, width: int) -> list[Precision]:
+        return [precision for precision in self.candidates if precision.divides(width)]
+
+    def _reference(self, width: int) -> Precision:
+        """REFERENCE, or what divides the width."""
+        return next(p for p in (REFERENCE, *(Precision("int4", g) for g in (64, 32, 16, -1))) if p.divides(width))
+
+    def _embed(self) -> None:
+        """The base's states, and those with a rounded embedding."""
+        used, places = np.unique(self.ids, return_inverse=True)
+        table = np.concatenate([self._rows(EMBEDDING, int(row), int(row) + 1) for row in used])
+        reference = self._reference(table.shape[1])
+        amax = self._tensor_amax(EMBEDDING, [*self.candidates, reference])
+
+        def error(precision: Precision) -> float:
+            return float(np.square(_rounded(table, precision, amax) - table, dtype=np.float64).sum())
+
+        self._add("embedding", (EMBEDDING,), {p: error(p) for p in {*self._fitting(table.shape[1]), reference}})
+        variant = self.store.make(self.shape)
+        rounded = _rounded(table, reference, amax)
+        places = places.reshape(self.ids.shape)
+        for start, stop in batches(len(self.ids), BATCH):
+            self.base.write(start, table[places[start:stop]])
+            variant.write(start, rounded[places[start:stop]])
+        self.variants["embedding"] = variant
+
+    def _layer(self, index: int) -> None:
+        prefix = f"model.layers.{index}."
+        shapes = {n.removeprefix(prefix): s for n, s in self.config.tensor_shapes.items() if n.startswith(prefix)}
+        tensors = {name: self._whole(prefix + name) for name in shapes}
+        layer = DecoderLayer(self.config, tensors, self.shape[1])
+        for variant in self.variants.values():
+            self._advance(layer, variant, variant)
+        for point, names in CONSUMERS.items():
+            self._round_point(layer, tensors, index, point, names)
+        self._advance(layer, self.base, self.base)
+
+    def _round_point(
+        self, layer: DecoderLayer, tensors: dict[str, np.ndarray], index: int, point: str, names: tuple[str, ...]
+    ) -> None:
+        """A new variant with the matrices that read one point rounded, and their output errors at each candidate."""
+        weights = {f"{name}.weight": tensors[f"{name}.weight"] for name in names}
+        width = next(iter(weights.values())).shape[1]
+        reference, errors = self._reference(width), dict[Precision, float]()
+        for precision in {*self._fitting(width), reference}:
+            rounded = {name: _rounded(values, precision, magnitude(values)) for name, values in weights.items()}
+            change = torch.from_numpy(np.concatenate([rounded[name] - weights[name] for name in weights]))
+            errors[precision] = sum(
+                float((x.reshape(-1, width) @ change.T).square().sum(dtype=torch.float64))
+                for x in self._inputs(layer, point)
+            )
+            if precision == reference:
+                self._add_variant(layer, f"layers.{index}.{point}", weights, rounded)
+        self._add(f"layers.{index}.{point}", tuple(f"model.layers.{index}.{name}" for name in weights), errors)
+
+    def _add_variant(
+        self, layer: DecoderLayer, name: str, weights: dict[str, np.ndarray], rounded: dict[str, np.ndarray]
+    ) -> None:
+        for tensor, values in rounded.items():
+            layer.replace(tensor, values)
+        self.variants[name] = self.store.make(self.shape)
+        self._advance(layer, self.base, self.variants[name])
+        for tensor, values in weights.items():
+            layer.replace(tensor, values)
+
+    def _advance(self, layer: DecoderLayer, source: Activations, out: Activations) -> None:
+        for start, stop in batches(self.shape[0], BATCH):
+            hidden = torch.from_numpy(source.read(start, stop))
+            hidden = layer.after_attention(hidden, layer.attend(layer.attention_input(hidden)).context)
+            hidden = layer.after_mlp(hidden, layer.mlp_hidden(layer.mlp_input(hidden)))
+            out.write(start, hidden.numpy())
+
+    def _inputs(self, layer: DecoderLayer, point: str) -> Iterator[torch.Tensor]:
+        """The base's value at a point of the layer, batch by batch."""
+        for start, stop in batches(self.shape[0], BATCH):
+            hidden = torch.from_numpy(self.base.read(start, stop))
+            x = layer.attention_input(hidden)
+            if point != "attention_input":
+                context = layer.attend(x).context
+                x = context if point == "attention_output" else layer.mlp_input(layer.after_attention(hidden, context))
+            yield layer.mlp_hidden(x) if point == "mlp_hidden" else x
+
+    def _head(self) -> None:
+        name = self.config.head_source
+        width = self.config.hidden_size
+        amax = self._tensor_amax(name, self.candidates)
+        by_name = {f"head {precision.describe()}": precision for precision in self._fitting(width)}
+
+        def rounded(rows: torch.Tensor, variant: str) -> torch.Tensor:
+            return torch.from_numpy(_rounded(rows.numpy(), by_name[variant], amax))
+
+        variants = {unit: self._final(states) for unit, states in self.variants.items()}
+        heads = dict.fromkeys(by_name, rounded)
+        found = mean_divergences(self._final(self.base), variants, heads, self._head_blocks)
+        for unit in self.units:
+            self._scale(unit, max(found[unit.name], 0.0))
+        divergences = {precision: max(found[variant], 0.0) for variant, precision in by_name.items()}
+        self.units.append(Unit("head", (HEAD,), divergences))
+
+    def _final(self, states: Activations) -> torch.Tensor:
+        """What the head multiplies, at evenly spread positions: [R, H]."""
+        n, length, width = self.shape
+        gamma = torch.from_numpy(self._rows("model.norm.weight", 0, width))
+        step = max(1, n * length // SCORED)
+        rows = [torch.from_numpy(states.read(i, i + 1)).reshape(-1, width)[step - 1 :: step] for i in range(n)]
+        return rms_norm(torch.cat(rows), gamma, self.config.rms_norm_eps)
+
+    def _head_blocks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        name = self.config.head_source
+        for start, stop in row_chunks((self.config.vocab_size, self.config.hidden_size)):
+            yield start, stop, torch.from_numpy(self._rows(name, start, stop))
+
+    def _add(self, name: str, tensors: tuple[str, ...], errors: dict[Precision, float]) -> None:
+        self.units.append(Unit(name, tensors))
+        self.errors[name] = errors
+
+    def _scale(self, unit: Unit, measured: float) -> None:
+        """KL at each candidate: the measured one times the ratio of output errors."""
+        width = self.checkpoint.tensors[unit.tensors[0]].shape[1]
+        errors = self.errors[unit.name]
+        reference = errors[self._reference(width)]
+        for precision in self._fitting(width):
+            unit.divergences[precision] = measured * errors[precision] / reference if reference else 0.0
+
+    def _tensor_amax(self, name: str, precisions: Sequence[Precision]) -> float | None:
+        if not any(wants_tensor_amax(precision) for precision in precisions):
+            return None
+        return max(magnitude(self._rows(name, *chunk)) for chunk in row_chunks(self.checkpoint.tensors[name].shape))
+
+    def _whole(self, name: str) -> np.ndarray:
+        return self._rows(name, 0, self.checkpoint.tensors[name].shape[0])
+
+    def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        return read_weight_rows(self.checkpoint, CheckpointWeight((name,)), start, stop)
+
+
+def _rounded(values: np.ndarray, precision: Precision, amax: float | None) -> np.ndarray:
+    """float32 values as a precision gives them back."""
+    return quantize_rows(values, precision, amax if wants_tensor_amax(precision) else None).dequantize()
