@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from calibration.rotation import Rotation, dct_matrix, hadamard
+from calibration.rotation import Rotation, dct_matrix, hadamard_matrix
 
 SIZES = [1, 2, 3, 8, 15, 30, 64, 96, 160, 172, 256]
 
@@ -30,11 +30,16 @@ def test_the_matrix_is_signs_times_hadamard_times_cosines(size: int) -> None:
     np.testing.assert_allclose(rotation.matrix(), expected, rtol=0, atol=4 * np.finfo(np.float64).eps)
 
 
-@pytest.mark.parametrize("length", [1, 2, 4, 32])
-def test_the_fast_transform_is_sylvesters_matrix(length: int) -> None:
-    blocks = np.random.default_rng(0).integers(-8, 8, (5, length, 3)).astype(np.float64)
-    expected = np.einsum("ij,bjm->bim", sylvester(length), blocks) * length**-0.5
-    np.testing.assert_array_equal(hadamard(blocks.copy()), expected)
+@pytest.mark.parametrize("size", [1, 2, 4, 32])
+def test_hadamard_matrices_are_their_closed_form(size: int) -> None:
+    np.testing.assert_array_equal(hadamard_matrix(size), sylvester(size))
+
+
+@pytest.mark.parametrize("size", [*SIZES, 3072, 4096, 5120])
+def test_no_factor_is_as_large_as_the_matrix(size: int) -> None:
+    left, right = (len(factor) for factor in Rotation(size).factors)
+    odd = size // (size & -size)
+    assert left * right == size and max(left, right) <= max(2 * size**0.5, odd)
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7, 11])
