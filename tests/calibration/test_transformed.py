@@ -1,5 +1,6 @@
 """Transformed weights in transformers' own Llama: the logits stay what they were, for every shape and transform."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -177,6 +178,28 @@ def test_rows_do_not_depend_on_how_they_are_read(tiny_checkpoint: Factory, model
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read, names * 3))
+
+
+def test_matrices_are_read_once_or_in_portions(tiny_checkpoint: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four threads that want the rows of a matrix whose rows mix wait for one computation; others read what they
+    need."""
+    original = Checkpoint.open(tiny_checkpoint("gqa"))
+    rotated = with_transforms(original, (FoldNorms(), RotateResidual(), RotateHeads()))
+    rows_read: Counter[str] = Counter()
+    read_rows = Checkpoint.read_rows
+
+    def counting(self: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:
+        rows_read[name] += stop - start
+        return read_rows(self, name, start, stop)
+
+    monkeypatch.setattr(Checkpoint, "read_rows", counting)
+    prefix = "model.layers.0."
+    down, value, gate = (f"{prefix}{name}.weight" for name in ("mlp.down_proj", "self_attn.v_proj", "mlp.gate_proj"))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda start: rotated.read_rows(down, start, start + 4), range(0, 64, 4)))
+    rotated.read_rows(value, 20, 22)
+    rotated.read_rows(gate, 20, 22)
+    assert (rows_read[down], rows_read[value], rows_read[gate]) == (64, 16, 2)
 
 
 def test_reading_less_than_nothing_or_too_much_fails(tiny_checkpoint: Factory) -> None:
