@@ -19,14 +19,14 @@ from exporter.core.number_formats import E2M1_MAX, E4M3_MAX
 from exporter.core.recipe import TENSOR, Precision
 from exporter.core.weights import QuantizedRows
 
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 16
 LEAST_SCALE = np.float32(2.0**-126)
 LEAST_E4M3 = np.float32(2.0**-9)
 # What the plain scale is multiplied by. docs/recipes.md has what each list wins.
-NF4_STEPS = (1.0, 0.95, 0.9)
-NVFP4_STEPS = (1.0, 1.5, 1.25, 0.875)
+NF4_STEPS = (1.0, 1.05, 0.93)
+NVFP4_STEPS = (1.0, 1.5, 1.2, 0.9)
 # Added to the plain scale's exponent.
-MXFP4_SHIFTS = (0, 1, -1)
+MXFP4_SHIFTS = (0, 1)
 
 
 def wants_tensor_amax(precision: Precision) -> bool:
@@ -87,8 +87,8 @@ def _fp8_scale(amax: np.ndarray | np.float32, count: int) -> np.ndarray:
 def _nf4_scale(groups: np.ndarray, amax: np.ndarray, search: bool) -> np.ndarray:
     if not search:
         return _positive(amax)
-    scales = [_positive(as_half(amax * np.float32(step))) for step in NF4_STEPS]
-    return _best(groups, amax, scales, lambda values: decode_nf4(encode_nf4(values)))
+    scales = [_positive(amax * np.float32(step)) for step in NF4_STEPS]
+    return _positive(_best(groups, amax, scales, lambda values: decode_nf4(encode_nf4(values)), fit=True))
 
 
 def nvfp4_matrix_scale(tensor_amax: float) -> np.float32:
@@ -118,9 +118,17 @@ def _mxfp4_scale(groups: np.ndarray, amax: np.ndarray, search: bool) -> np.ndarr
 
 
 def _best(
-    groups: np.ndarray, amax: np.ndarray, scales: list[np.ndarray], rounded: Callable[[np.ndarray], np.ndarray]
+    groups: np.ndarray,
+    amax: np.ndarray,
+    scales: list[np.ndarray],
+    rounded: Callable[[np.ndarray], np.ndarray],
+    *,
+    fit: bool = False,
 ) -> np.ndarray:
-    """Of some scales [n, 1] for groups [n, g] the one of least squared error; the first of equals."""
+    """Of some scales [n, 1] for groups [n, g] the one of least squared error; the first of equals.
+
+    With `fit`, each stands for the least-squares scale of its codes, whose own codes are never worse.
+    """
     if len(scales) == 1:
         return scales[0]
     unit = _positive(amax)
@@ -130,6 +138,9 @@ def _best(
         relative = scale / unit
         codes = rounded(weights / relative)
         product, norm = np.vecdot(codes, weights)[:, None], np.vecdot(codes, codes)[:, None]
+        if fit:
+            relative = product / np.maximum(norm, np.float32(0.5))
+            scale = as_half(relative * unit)
         gain = relative * (2 * product - relative * norm)
         best = np.where(gain > best_gain, scale, best)
         best_gain = np.maximum(gain, best_gain)

@@ -69,14 +69,18 @@ def encode_e2m1(values: np.ndarray) -> np.ndarray:
 
 
 def round_e2m1(values: np.ndarray) -> np.ndarray:
-    """float32 -> the float32 values of their E2M1 codes; no codes are made on the way."""
-    clipped: np.ndarray = np.clip(values, np.float32(-E2M1_MAX), np.float32(E2M1_MAX))
-    size = np.abs(clipped)
-    inverse = np.where(size < 2, np.float32(2), np.where(size < 4, np.float32(1), np.float32(0.5)))
-    clipped *= inverse
-    np.rint(clipped, out=clipped)
-    clipped /= inverse
-    return clipped
+    """float32 -> the float32 values of their E2M1 codes; no codes are made on the way.
+
+    Adding 1.5 * 2^23 steps and taking them off again rounds to whole steps, halves to even. Steps are half of the
+    power of two below a magnitude, from 1 up: 1/2 below 2, 1 below 4, then 2.
+    """
+    rounded: np.ndarray = np.clip(values, np.float32(-E2M1_MAX), np.float32(E2M1_MAX))
+    offset = (rounded.view(np.uint32) & INFINITY).view(np.float32)
+    np.maximum(offset, np.float32(1), out=offset)
+    offset *= np.float32(1.5 * 2**22)
+    rounded += offset
+    rounded -= offset
+    return rounded
 
 
 def decode_e2m1(codes: np.ndarray) -> np.ndarray:
@@ -112,7 +116,7 @@ def encode_e8m0(values: np.ndarray) -> np.ndarray:
 
 def decode_e8m0(codes: np.ndarray) -> np.ndarray:
     """uint8 codes -> float32: 2^(code - 127), NaN for 255."""
-    powers = np.ldexp(np.float32(1), codes.astype(np.int32) - E8M0_BIAS)
+    powers = np.ldexp(np.float32(1), np.minimum(codes.astype(np.int32) - E8M0_BIAS, 127))
     return np.where(codes == E8M0_NAN, np.float32(np.nan), powers)
 
 

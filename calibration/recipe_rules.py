@@ -11,7 +11,7 @@ FITS: dict[str, tuple[Callable[[Precision], bool], str]] = {
     "rotate": (lambda p: p.is_integer, f"layers in {', '.join(INTEGER_BITS)}"),
     "smoothquant": (lambda p: p.activations.startswith("int8"), "layers with int8/token or int8/tensor activations"),
     "awq": (lambda p: p.is_coded and p.kind != "fp8", "layers in integers, nf4, nvfp4 or mxfp4"),
-    "gptq": (lambda p: p.is_integer, f"layers in {', '.join(INTEGER_BITS)}"),
+    "gptq": (lambda p: p.is_coded, "layers in integers, fp8, nf4, nvfp4 or mxfp4"),
 }
 """What each algorithm works on, in code and in words."""
 OPTION_OF = {
