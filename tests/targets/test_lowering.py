@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,6 +12,9 @@ import pytest
 
 from exporter.core.canonical import CanonicalModel, RotaryTable, Slice
 from exporter.core.errors import UnsupportedError
+from exporter.core.number_formats import decode_table
+from exporter.core.recipe import CHANNEL, TENSOR, Precision, Recipe
+from targets.base import BuildSource
 from targets.onnxruntime.slice_session import SliceSession
 from tests.targets.engines import RECIPES, Engine, build, build_source, random_ids, relative_l2
 
@@ -254,3 +258,69 @@ def test_scales_of_another_weight_are_refused(tiny_checkpoint, tmp_path, recipe)
     source = build_source(tiny_checkpoint("gqa"), RECIPES[recipe])
     with pytest.raises(UnsupportedError, match="another weight"):
         build(source, tmp_path, damaged(source.model, 0, damage))
+
+
+def coded_source(checkpoint: Path, *precision: object, activations: str = "") -> BuildSource:
+    chosen = Precision(*precision, activations=activations)  # type: ignore[arg-type]
+    return build_source(checkpoint, Recipe("coded", chosen, Precision("fp32"), Precision("fp32")))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "kind", "word"),
+    [("saturate", "QuantizeLinear", "Abs"), ("axis", "DequantizeLinear", "Abs"), ("keepdims", "ReduceMax", "Abs")],
+)
+def test_a_rounding_that_is_none_of_ours_is_refused(tiny_checkpoint, tmp_path, attribute, kind, word):
+    """Only the group that exporter.core.rounded_input describes is taken; the first of its nodes is named else."""
+
+    def damage(structure: ir.Model) -> None:
+        rounding = next(node for node in structure.graph if node.op_type == "Abs")
+        first = list(structure.graph).index(rounding)
+        node = next(node for node in list(structure.graph)[first:] if node.op_type == kind)
+        node.attributes[attribute] = ir.AttrInt64(attribute, 0)
+
+    source = coded_source(tiny_checkpoint("gqa"), "fp8", CHANNEL, activations="fp8/token")
+    with pytest.raises(UnsupportedError, match=word):
+        build(source, tmp_path, damaged(source.model, 0, damage))
+
+
+def test_scales_of_another_table_weight_are_refused(tiny_checkpoint, tmp_path):
+    def damage(structure: ir.Model) -> None:
+        scales = [value for value in structure.graph.inputs if value.name.endswith(".scales")]
+        for user, index in list(scales[0].uses()):
+            user.replace_input_with(index, scales[1])
+
+    source = coded_source(tiny_checkpoint("gqa"), "nf4", 32)
+    with pytest.raises(UnsupportedError, match="multiplied by scales"):
+        build(source, tmp_path, damaged(source.model, 0, damage))
+
+
+def test_a_table_of_another_kind_is_refused(tiny_checkpoint, tmp_path):
+    """The graph looks nf4's codes up among E2M1's values."""
+
+    def damage(structure: ir.Model) -> None:
+        for node in structure.graph:
+            if node.op_type == "Gather":
+                values = decode_table("mxfp4")
+                node.inputs[0].const_value = ir.tensor(values, name=node.inputs[0].name)
+
+    source = coded_source(tiny_checkpoint("gqa"), "nf4", 32)
+    with pytest.raises(UnsupportedError, match="looked up in e2m1"):
+        build(source, tmp_path, damaged(source.model, 0, damage))
+
+
+def test_rounded_inputs_cost_no_nodes_before_matmul_nbits(tiny_checkpoint, tmp_path):
+    """It rounds by itself: the graph is that of the weights alone, but for their names."""
+    plain = build(coded_source(tiny_checkpoint("gqa"), "int8", CHANNEL), tmp_path / "plain")
+    found = operators(plain)
+    for activations in ("int8/token", "int8/tensor"):
+        source = coded_source(tiny_checkpoint("gqa"), "int8", CHANNEL, activations=activations)
+        assert "QuantizeLinear" in {node.op_type for node in source.model.layers[0].structure.graph}
+        assert operators(build(source, tmp_path / activations)) == found
+
+
+def test_fp8_inputs_are_rounded_once_for_products_that_share_them(tiny_checkpoint, tmp_path):
+    """qkv, o, gate with up, and down: four roundings a layer."""
+    found = operators(build(coded_source(tiny_checkpoint("gqa"), "fp8", TENSOR, activations="fp8/tensor"), tmp_path))
+    assert found["QuantizeLinear"] == 2 * 4
+    # One more for each matrix: gate and up are apart.
+    assert found["DequantizeLinear"] == 2 * (4 + 5)

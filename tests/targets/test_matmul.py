@@ -143,11 +143,10 @@ def fp8_values(bytes_: np.ndarray) -> np.ndarray:
 
 
 def fp8_graph(codes: np.ndarray, scales: np.ndarray) -> tuple[EngineGraph, ir.Value]:
-    """DequantizeLinear with a row of the matrix as one block."""
+    """DequantizeLinear with a scale [N, 1] for each row."""
     graph = EngineGraph()
-    given = initializers(graph, codes=fp8_values(codes), scales=scales)
-    attributes = {"axis": 1, "block_size": codes.shape[1]}
-    return graph, graph.op("DequantizeLinear", given, "w", attributes={**attributes})
+    given = initializers(graph, codes=fp8_values(codes), scales=scales[:, 0])
+    return graph, graph.op("DequantizeLinear", given, "w", attributes={"axis": 0})
 
 
 @pytest.mark.parametrize("precision", FP8, ids=Precision.describe)

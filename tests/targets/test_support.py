@@ -1,4 +1,4 @@
-"""docs/targets.md, cell by cell, against what the target answers."""
+"""docs/targets.md, cell by cell, against what the target answers. Engines of each cell: test_recipes.py."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from calibration.presets import PRESETS, preset
 from exporter.core.config import parse_config
 from exporter.core.errors import UnsupportedError
-from exporter.core.recipe import FLOAT_KINDS, GROUP_SIZES, INTEGER_BITS, Precision, Recipe
+from exporter.core.recipe import GROUP_SIZES, KV_CACHES, Precision, Recipe, all_precisions
 from exporter.core.support import Support
 from targets.onnxruntime import target as target_module
 from targets.registry import TARGETS, get_target
@@ -44,23 +44,41 @@ def test_recipes_are_as_the_page_says(name, shape):
         assert get_target(target).supports(config(shape), preset(name)).level == level
 
 
-def cells() -> dict[str, list[str]]:
-    """The page's second table, its rows taken apart into the names that `capabilities` uses."""
-    names: dict[str, list[str]] = {kind: [kind] for kind in FLOAT_KINDS}
-    names |= {f"kv-cache {kind}": [f"kv-cache {kind}"] for kind in ("fp32", "fp16", "int8", "fp8")}
-    for kind in INTEGER_BITS:
-        ways = (True,) if kind == "int6" else (True, False)
-        row = f"{kind}, groups of {min(GROUP_SIZES)} to {max(GROUP_SIZES)}" + ", symmetric or not" * (len(ways) - 1)
-        names[row] = [Precision(kind, group, way).describe() for group in GROUP_SIZES for way in ways]
-    return names
+GROUPS = f"groups of {min(GROUP_SIZES)} to {max(GROUP_SIZES)}"
+ROWS = {
+    f"int8, {GROUPS}, symmetric or not": r"int8/g\d+(/asym)?",
+    "int8, a scale per row, symmetric or not": "int8/channel(/asym)?",
+    f"int6, {GROUPS}": r"int6/g\d+",
+    f"int4, {GROUPS}, symmetric or not": r"int4/g\d+(/asym)?",
+    "int4, a scale per row, symmetric or not": "int4/channel(/asym)?",
+    "int8 or int4, int8 activations": r"int[84]/[^+]+\+int8/\w+",
+    "int6, int8 activations": r"int6/[^+]+\+int8/\w+",
+    "fp8, a scale per row or matrix": r"fp8/\w+",
+    "fp8, fp8 activations": r"fp8/\w+\+fp8/\w+",
+    f"nf4, {GROUPS}": r"nf4/g\d+",
+}
+"""Rows of the page's second table that stand for several names of `capabilities`, which the pattern matches; any
+other row is a name itself."""
+
+
+def row_of(name: str) -> str:
+    return next((row for row, pattern in ROWS.items() if re.fullmatch(pattern, name)), name)
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_capabilities_are_as_the_page_says(name):
     page = {row: levels[name] for row, levels in table("precision or cache").items()}
-    expected = {cell: page[row] for row, names in cells().items() for cell in names}
-    assert set(page) == set(cells())
-    assert {cell: support.level for cell, support in get_target(name).capabilities().items()} == expected
+    found = get_target(name).capabilities()
+    assert {*map(Precision.describe, all_precisions()), *(f"kv-cache {kind}" for kind in KV_CACHES)} == set(found)
+    assert set(page) == set(map(row_of, found))
+    assert {cell: support.level for cell, support in found.items()} == {cell: page[row_of(cell)] for cell in found}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_is_not_native_says_why(name):
+    found = get_target(name).capabilities().values()
+    assert all(support.why for support in found if support.level != "native")
+    assert all(support.remedy for support in found if support.level == "refused")
 
 
 @pytest.mark.parametrize("part", ["linear", "lm_head", "embedding"])
@@ -73,9 +91,9 @@ def test_every_part_counts(part):
 
 
 def test_a_cache_it_cannot_store_is_refused():
-    answer = get_target("onnxruntime").supports(config(), Recipe("r", FP32, FP32, Precision("bf16"), "int8"))
+    answer = get_target("onnxruntime").supports(config(), Recipe("r", FP32, FP32, Precision("bf16"), "fp8"))
     assert answer.level == "refused"
-    assert "int8" in answer.why
+    assert "fp8" in answer.why
     assert "--kv-cache fp32" in answer.remedy
 
 
