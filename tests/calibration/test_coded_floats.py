@@ -27,7 +27,8 @@ def weights(spread: str, shape: tuple[int, int] = (48, 512)) -> np.ndarray:
 def squared_errors(values: np.ndarray, precision: Precision, found: np.ndarray) -> np.ndarray:
     """float64 [n, groups]."""
     error: np.ndarray = (values.astype(np.float64) - found.astype(np.float64)) ** 2
-    return error.reshape(len(values), precision.groups(values.shape[1]), -1).sum(-1)
+    summed: np.ndarray = error.reshape(len(values), precision.groups(values.shape[1]), -1).sum(-1)
+    return summed
 
 
 @pytest.mark.parametrize("spread", SPREADS)

@@ -1,12 +1,14 @@
 """Coverage from the config alone: sums written out by hand, the gate, and agreement with what is inserted."""
 
+from dataclasses import replace
+
 import pytest
 
-from calibration.coverage import coverage, gate
-from calibration.presets import load_recipe
+from calibration.coverage import TensorCoverage, coverage, gate, kernel_group
+from calibration.presets import PRESETS, load_recipe, parse_precision
 from exporter.core.config import ModelConfig, parse_config
-from exporter.core.errors import BudgetError
-from exporter.core.recipe import Precision, Recipe
+from exporter.core.errors import BudgetError, InputError
+from exporter.core.recipe import Override, Precision, Recipe
 from targets.registry import get_target
 from tests.support.tiny import BASE
 
@@ -53,6 +55,90 @@ def test_bits_are_those_that_a_target_stores(target: str, bits: float) -> None:
     target_, six = get_target(target), Precision("int6", 64)
     found = coverage(config(), Recipe("six", six, six, six), target_.scale_bits, target_.code_bits)
     assert found.bits_per_weight == pytest.approx(bits, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [
+        ("int8/channel", 8 + 32 / 64),
+        ("int8/channel/asym", 8 + (32 + 8) / 64),
+        ("fp8/channel", 8 + 32 / 64),
+        ("fp8/tensor", 8 + 32 / (64 * 64)),
+        ("nf4/g32", 4 + 32 / 32),
+        ("nvfp4", 4 + 8 / 16 + 32 / (64 * 64)),
+        ("mxfp4", 4 + 8 / 32),
+        ("int4/g16+int8/token", 4 + 32 / 16),
+    ],
+)
+def test_bits_of_one_matrix(text: str, bits: float) -> None:
+    """The formats' own scales where they have some, else a target's of 32 bits."""
+    precision = parse_precision(text)
+    tensor = TensorCoverage("q", (64, 64), precision, precision)
+    assert tensor.stored_bits(32) == pytest.approx(bits * 64 * 64, rel=1e-12)
+
+
+def test_a_target_that_stores_other_codes_stores_other_scales() -> None:
+    """nvfp4 as integers of 8 bits: a float32 for each group, nothing for the matrix."""
+    precision = parse_precision("nvfp4")
+    tensor = TensorCoverage("q", (64, 64), precision, precision)
+    assert tensor.stored_bits(32, lambda p: 8) == 64 * 64 * (8 + 32 / 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "group"),
+    [("int4/g32", 96, 32), ("int8/channel", 2048, 256), ("int4/channel", 96, 32), ("fp8/tensor", 176, 16),
+     ("int8/channel", 24, 0), ("mxfp4", 2048, 32)],
+)  # fmt: skip
+def test_groups_of_kernels(text: str, width: int, group: int) -> None:
+    assert kernel_group(parse_precision(text), width) == group
+
+
+def overridden(*overrides: tuple[str, str]) -> Recipe:
+    found = tuple(Override(pattern, parse_precision(text)) for pattern, text in overrides)
+    return replace(load_recipe("int4-rtn"), overrides=found)
+
+
+def test_overrides_hold_for_the_layers_they_match() -> None:
+    recipe = overridden(("layers.*.mlp.*", "int8/g32"), ("layers.1.mlp.down_proj", "nf4/g64"), ("*.o_proj", "bf16"))
+    found = {t.name: t.requested.describe() for t in coverage(config(), recipe).tensors}
+    assert found["model.layers.0.mlp.up_proj.weight"] == found["model.layers.0.mlp.down_proj.weight"] == "int8/g32"
+    assert found["model.layers.1.mlp.down_proj.weight"] == "nf4/g64"
+    assert found["model.layers.1.self_attn.o_proj.weight"] == "bf16"
+    assert found["model.layers.1.self_attn.q_proj.weight"] == found["lm_head.weight"] == "int4/g32"
+
+
+def test_matrices_computed_together_must_agree() -> None:
+    recipe = overridden(("layers.1.self_attn.k_proj", "int8/g32"), ("*.up_proj", "int4/g32+int8/token"))
+    with pytest.raises(InputError) as caught:
+        coverage(config(), recipe)
+    assert caught.value.kind == "recipe.packs" and caught.value.exit_code == 2
+    for part in ("layers.1: self_attn.q_proj int4/g32, self_attn.k_proj int8/g32", "layers.0: mlp.gate_proj int4/g32,"):
+        assert part in caught.value.message
+    together = overridden(("layers.1.self_attn.[qkv]_proj", "int8/g32"), ("layers.*.mlp.[gu]*", "int4/g64"))
+    assert coverage(config(), together).fraction == 1.0
+
+
+def test_overrides_that_match_nothing_are_named() -> None:
+    recipe = overridden(("layers.2.*", "int8/g32"), ("model.layers.0.*", "int8/g32"), ("layers.0.*", "int8/g32"))
+    with pytest.raises(InputError, match="matched by") as caught:
+        coverage(config(), recipe)
+    assert caught.value.kind == "recipe.overrides" and "'layers.2.*', 'model.layers.0.*'" in caught.value.message
+    assert "'layers.0.*'" not in caught.value.message and "layers.0.self_attn.q_proj" in caught.value.remedy
+
+
+def test_the_gate_of_formats_with_fixed_groups() -> None:
+    """Hidden states of 72: neither 16 nor 32 divides them, and no --group-size helps."""
+    recipe = replace(load_recipe("nvfp4"), lm_head=parse_precision("mxfp4"))
+    with pytest.raises(BudgetError, match="K=72 not divisible by 16") as caught:
+        gate(coverage(config(hidden_size=72), recipe))
+    assert "K=72 not divisible by 32" in caught.value.message
+    assert "another precision than mxfp4 and nvfp4" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_covers_a_plain_llama(name: str) -> None:
+    found = coverage(config(hidden_size=128), load_recipe(name))
+    assert found.fraction == 1.0 and all(t.actual == t.requested for t in found.tensors)
 
 
 def test_a_tied_table_is_stored_once_when_both_uses_agree() -> None:

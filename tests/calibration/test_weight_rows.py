@@ -15,7 +15,7 @@ from calibration.weight_rows import WeightRows
 from exporter.core.canonical import CheckpointWeight
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.errors import InputError, UnsupportedError
-from exporter.core.recipe import Precision
+from exporter.core.recipe import TENSOR, Precision, all_precisions
 from exporter.core.weights import QuantizedRows
 
 QKV = tuple(f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv")
@@ -130,3 +130,97 @@ def test_bfloat16_passes_through_bit_for_bit(tiny_checkpoint: Factory) -> None:
     found = WeightRows(Checkpoint.open(path))(CheckpointWeight(QKV, Precision("bf16")), 0, 128)
     expected = stacked(path, QKV).view(torch.uint16).numpy()
     np.testing.assert_array_equal(found.view(np.uint16), expected)
+
+
+PER_MATRIX = [Precision("fp8", TENSOR), Precision("nvfp4", 16)]
+
+
+@pytest.mark.parametrize("precision", PER_MATRIX, ids=Precision.describe)
+def test_each_tensor_of_a_stack_has_its_own_maximum(tiny_checkpoint: Factory, precision: Precision) -> None:
+    path = tiny_checkpoint("biases")
+    tensors = load_file(path / "model.safetensors")
+    parts = [quantize_rows(tensors[name].float().numpy(), precision) for name in QKV]
+    rows, weight = WeightRows(Checkpoint.open(path)), CheckpointWeight(QKV, precision)
+    for start, stop in RANGES:
+        found = rows(weight, start, stop)
+        assert isinstance(found, QuantizedRows)
+        np.testing.assert_array_equal(found.codes, np.concatenate([part.codes for part in parts])[start:stop])
+        np.testing.assert_array_equal(found.scales, np.concatenate([part.scales for part in parts])[start:stop])
+
+
+def test_the_maximum_is_read_once_for_all_threads(tiny_checkpoint: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_rows, "CHUNK_ELEMENTS", 640)
+    checkpoint = Checkpoint.open(tiny_checkpoint("gqa"))
+    read: list[tuple[str, int, int]] = []
+    original = Checkpoint.read_rows
+
+    def counting(self: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:
+        read.append((name, start, stop))
+        return original(self, name, start, stop)
+
+    monkeypatch.setattr(Checkpoint, "read_rows", counting)
+    list(WeightRows(checkpoint, threads=4).iterate_rows(CheckpointWeight(QKV, Precision("nvfp4", 16))))
+    by_tensor = {name: sum(stop - start for each, start, stop in read if each == name) for name in QKV}
+    assert by_tensor == {name: 2 * checkpoint.tensors[name].shape[0] for name in QKV}, "once to measure, once to round"
+
+
+class Stored:
+    """Codes of one tensor at one precision, each value of a row its number; notes what it is asked."""
+
+    def __init__(self, tensor: str, precision: Precision) -> None:
+        self.tensor, self.precision = tensor, precision
+        self.asked: list[tuple[str, Precision]] = []
+
+    def rows(self, tensor: str, precision: Precision, start: int, stop: int) -> QuantizedRows | None:
+        self.asked.append((tensor, precision))
+        if (tensor, precision) != (self.tensor, self.precision):
+            return None
+        codes = np.repeat(np.arange(start, stop, dtype=np.int8)[:, None], 64, axis=1)
+        return QuantizedRows(codes, np.full((stop - start, 2), 0.5, np.float32), None, precision)
+
+
+def test_stored_codes_go_first_and_others_are_rounded(tiny_checkpoint: Factory) -> None:
+    """The codes of k are stored, those of q and v are not; what the recipe asks of activations makes no difference."""
+    path = tiny_checkpoint("gqa")
+    asked = Precision("int4", 32, activations="int8/token")
+    stored = Stored(QKV[1], asked.weight_only)
+    rows = WeightRows(Checkpoint.open(path), stored=stored)
+    found = rows(CheckpointWeight(QKV, asked), 0, 128)
+    assert isinstance(found, QuantizedRows) and found.precision == asked
+    np.testing.assert_array_equal(found.codes[64:96, 0], np.arange(32))
+    plain = WeightRows(Checkpoint.open(path))(CheckpointWeight(QKV, asked), 0, 128)
+    assert isinstance(plain, QuantizedRows)
+    for part in (slice(0, 64), slice(96, 128)):
+        np.testing.assert_array_equal(found.codes[part], plain.codes[part])
+        np.testing.assert_array_equal(found.scales[part], plain.scales[part])
+    assert {name for name, _ in stored.asked} == set(QKV)
+    assert all(precision == asked.weight_only for _, precision in stored.asked)
+
+
+def test_codes_of_another_precision_are_not_taken(tiny_checkpoint: Factory) -> None:
+    path = tiny_checkpoint("gqa")
+    stored = Stored(QKV[0], Precision("int4", 32))
+    for precision in (Precision("int4", 16), Precision("int8", 32), Precision("nf4", 32)):
+        weight = CheckpointWeight(QKV[:1], precision)
+        found = WeightRows(Checkpoint.open(path), stored=stored)(weight, 0, 64)
+        plain = WeightRows(Checkpoint.open(path))(weight, 0, 64)
+        assert isinstance(found, QuantizedRows) and isinstance(plain, QuantizedRows)
+        np.testing.assert_array_equal(found.codes, plain.codes)
+
+
+@pytest.mark.parametrize("precision", [Precision("int4", 32, symmetric=False), Precision("nvfp4", 16)], ids=str)
+def test_an_empty_range_has_no_rows(tiny_checkpoint: Factory, precision: Precision) -> None:
+    rows = WeightRows(Checkpoint.open(tiny_checkpoint("gqa")), stored=Stored(QKV[0], Precision("int4", 32)))
+    found = rows(CheckpointWeight(QKV, precision), 7, 7)
+    assert isinstance(found, QuantizedRows) and found.codes.shape == (0, 64)
+    assert (found.zero_points is None) == precision.symmetric
+
+
+@pytest.mark.parametrize("precision", [p for p in all_precisions() if p.is_coded and not p.activations], ids=str)
+def test_every_precision_is_that_of_each_whole_tensor(tiny_checkpoint: Factory, precision: Precision) -> None:
+    path = tiny_checkpoint("gqa", hidden_size=256)
+    rows = WeightRows(Checkpoint.open(path))(CheckpointWeight(QKV, precision), 250, 400)
+    assert isinstance(rows, QuantizedRows) and rows.scales.shape == (150, precision.groups(256))
+    tensors = load_file(path / "model.safetensors")
+    parts = [quantize_rows(tensors[name].float().numpy(), precision).dequantize() for name in QKV]
+    np.testing.assert_array_equal(rows.dequantize(), np.concatenate(parts)[250:400])
