@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exporter.api import bench, build, compare, inspect, plan, recipes, targets, verify
+    from exporter.api import bench, build, calibrate, compare, inspect, plan, recipes, targets, verify
+    from exporter.calibration_request import CalibrationRequest
     from exporter.core.errors import (
         ArtifactError,
         BudgetError,
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "bench": "exporter.api",
     "build": "exporter.api",
+    "calibrate": "exporter.api",
     "compare": "exporter.api",
     "inspect": "exporter.api",
     "plan": "exporter.api",
     "recipes": "exporter.api",
     "targets": "exporter.api",
     "verify": "exporter.api",
+    "CalibrationRequest": "exporter.calibration_request",
     "ArtifactError": "exporter.core.errors",
     "BudgetError": "exporter.core.errors",
     "EngineSmithError": "exporter.core.errors",
@@ -63,6 +66,7 @@ __all__ = [
     "BudgetError",
     "BuildOptions",
     "BuildOutcome",
+    "CalibrationRequest",
     "Engine",
     "EngineSmithError",
     "InputError",
@@ -75,6 +79,7 @@ __all__ = [
     "__version__",
     "bench",
     "build",
+    "calibrate",
     "compare",
     "doctor",
     "inspect",

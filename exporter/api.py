@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporter.calibration_request import CalibrationRequest
 from exporter.core.device import DeviceOptions
 from exporter.core.progress import NoProgress, Progress, stage
 from exporter.core.threads import check_threads
@@ -14,6 +15,8 @@ from exporter.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from exporter.artifact.load import Artifact
+    from exporter.calibrating import CalibrationOutcome
+    from exporter.compare import Comparison
     from exporter.parity.report import VerifyReport
     from exporter.pipeline import BuildOutcome
 
@@ -25,7 +28,7 @@ def build(
     *,
     target: str,
     out: AnyPath,
-    recipe: str = "fp32",
+    recipe: str | None = None,
     force: bool = False,
     tracer: str = "torch-export",
     max_seq_len: int | None = None,
@@ -45,10 +48,22 @@ def build(
     mattr: Sequence[str] = (),
     tune_minutes: float = 0.0,
     tuning: AnyPath | None = None,
+    qparams: AnyPath | None = None,
+    calibration: AnyPath | None = None,
+    calibration_tokens: int | None = None,
+    seed: int = 0,
+    target_bits: float | None = None,
+    target_bytes: int | None = None,
+    max_kl: float | None = None,
+    rotate: bool = False,
+    work_dir: AnyPath | None = None,
     report: AnyPath | None = None,
     progress: Progress | None = None,
 ) -> "BuildOutcome":
     """Build a verified engine from a checkpoint directory; see `BuildOptions` for the options.
+
+    A recipe that needs text takes `calibration`, a file to calibrate on, or `qparams`, what `calibrate` wrote; `seed`
+    and the options after it are those of `CalibrationRequest`.
 
     Raises InputError, UnsupportedError, ParityError (with its report) or BudgetError; then nothing
     is left under `out`.
@@ -70,10 +85,25 @@ def build(
         threads=threads,
         max_ram=max_ram,
         parity=parity,
-        text=Path(text) if text is not None else None,
+        text=_path(text),
         device=DeviceOptions(device, mtriple, mcpu, tuple(mattr), tune_minutes, Path(tuning) if tuning else None),
+        calibration=CalibrationRequest(
+            qparams=_path(qparams),
+            text=_path(calibration),
+            tokens=calibration_tokens,
+            seed=seed,
+            target_bits=target_bits,
+            target_bytes=target_bytes,
+            max_kl=max_kl,
+            rotate=rotate,
+            work_dir=_path(work_dir),
+        ),
     )
-    return build_with(options, report=Path(report) if report is not None else None, progress=progress)
+    return build_with(options, report=_path(report), progress=progress)
+
+
+def _path(path: AnyPath | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def build_with(
@@ -100,7 +130,7 @@ def plan(
     checkpoint: AnyPath,
     *,
     target: str,
-    recipe: str = "fp32",
+    recipe: str | None = None,
     max_seq_len: int | None = None,
     max_batch: int = 4,
     group_size: int | None = None,
@@ -113,8 +143,16 @@ def plan(
     mtriple: str | None = None,
     mcpu: str | None = None,
     mattr: Sequence[str] = (),
+    qparams: AnyPath | None = None,
+    calibration: AnyPath | None = None,
+    calibration_tokens: int | None = None,
+    target_bits: float | None = None,
+    target_bytes: int | None = None,
+    max_kl: float | None = None,
+    rotate: bool = False,
 ) -> Plan:
-    """Forecast a build from the config alone; the options are those of `build`."""
+    """Forecast a build from the config alone; the options are those of `build`. With `qparams` it says which matrices
+    take their codes from that file."""
     return plan_with(
         BuildOptions(
             checkpoint=Path(checkpoint),
@@ -130,6 +168,15 @@ def plan(
             min_coverage=min_coverage,
             parity=parity,
             device=DeviceOptions(device, mtriple, mcpu, tuple(mattr)),
+            calibration=CalibrationRequest(
+                qparams=_path(qparams),
+                text=_path(calibration),
+                tokens=calibration_tokens,
+                target_bits=target_bits,
+                target_bytes=target_bytes,
+                max_kl=max_kl,
+                rotate=rotate,
+            ),
         )
     )
 
@@ -144,15 +191,19 @@ def verify(
     *,
     against: AnyPath,
     text: AnyPath | None = None,
+    qparams: AnyPath | None = None,
     report: AnyPath | None = None,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> "VerifyReport":
-    """Prove a built engine equal to its checkpoint. Raises ParityError, with the report, if a gate fails."""
+    """Prove a built engine equal to its checkpoint. Raises ParityError, with the report, if a gate fails.
+
+    An engine built with quantization parameters is held to eager alone unless `qparams`, their file, is given.
+    """
     from exporter.reporting import check_report_path, write_verify_report
 
-    check_report_path(Path(report) if report is not None else None)
-    artifact, result = _measure(engine, against, text, threads, progress or NoProgress())
+    check_report_path(_path(report))
+    artifact, result = _measure(engine, against, text, qparams, threads, progress or NoProgress())
     if report is not None:
         write_verify_report(result, artifact, Path(report))
     result.require_passed()
@@ -164,15 +215,21 @@ def measure(
     *,
     against: AnyPath,
     text: AnyPath | None = None,
+    qparams: AnyPath | None = None,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> "VerifyReport":
     """`verify` without the verdict: the report, passed or not."""
-    return _measure(engine, against, text, threads, progress or NoProgress())[1]
+    return _measure(engine, against, text, qparams, threads, progress or NoProgress())[1]
 
 
 def _measure(
-    engine: AnyPath, against: AnyPath, text: AnyPath | None, threads: int, progress: Progress
+    engine: AnyPath,
+    against: AnyPath,
+    text: AnyPath | None,
+    qparams: AnyPath | None,
+    threads: int,
+    progress: Progress,
 ) -> "tuple[Artifact, VerifyReport]":
     """The artifact, opened once, and its report."""
     from exporter.artifact.load import open_artifact
@@ -182,7 +239,7 @@ def _measure(
     with stage(progress, "load"):
         artifact = open_artifact(Path(engine))
     with stage(progress, "verify"):
-        report = verify_engine_directory(artifact, Path(against), Path(text) if text else None, threads, progress)
+        report = verify_engine_directory(artifact, Path(against), _path(text), threads, progress, _path(qparams))
     return artifact, report
 
 
@@ -211,12 +268,82 @@ def bench(
 
 
 def compare(
-    engines: list[AnyPath], *, against: AnyPath, text: AnyPath | None = None, threads: int = 0
-) -> list[dict[str, Any]]:
-    """One row of size, quality and speed per engine."""
-    from exporter.compare import compare_engines
+    engines: Sequence[AnyPath],
+    *,
+    against: AnyPath,
+    text: AnyPath | None = None,
+    threads: int = 0,
+    report: AnyPath | None = None,
+) -> "Comparison":
+    """Engines of one checkpoint beside each other: size, quality against eager, speed, and divergence from one another.
 
-    return compare_engines([Path(e) for e in engines], Path(against), Path(text) if text else None, threads)
+    `report` writes an HTML page with the table and a plot of quality against size.
+    """
+    from exporter.compare import compare_engines
+    from exporter.reporting import check_report_path, write_comparison
+
+    check_report_path(_path(report))
+    found = compare_engines([Path(e) for e in engines], Path(against), _path(text), threads)
+    if report is not None:
+        write_comparison(found, Path(report))
+    return found
+
+
+def calibrate(
+    checkpoint: AnyPath,
+    *,
+    recipe: str,
+    out: AnyPath,
+    calibration: AnyPath | None = None,
+    calibration_tokens: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    group_size: int | None = None,
+    lm_head: str | None = None,
+    embedding: str | None = None,
+    kv_cache: str | None = None,
+    target_bits: float | None = None,
+    target_bytes: int | None = None,
+    max_kl: float | None = None,
+    rotate: bool = False,
+    work_dir: AnyPath | None = None,
+    max_ram: int | None = None,
+    threads: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> "CalibrationOutcome":
+    """Find a recipe's quantization parameters on text, and write them to one file that serves every target.
+
+    `build(qparams=...)` takes the file. Raises InputError, UnsupportedError or BudgetError; nothing is left at `out`
+    then, but `work_dir` keeps the finished layers, and the next call goes on from there.
+    """
+    from exporter.calibrating import CalibrationOptions, calibrate_with
+
+    request = CalibrationRequest(
+        text=_path(calibration),
+        tokens=calibration_tokens,
+        seed=seed,
+        target_bits=target_bits,
+        target_bytes=target_bytes,
+        max_kl=max_kl,
+        rotate=rotate,
+        work_dir=_path(work_dir),
+    )
+    options = CalibrationOptions(
+        checkpoint=Path(checkpoint),
+        recipe=recipe,
+        out=Path(out),
+        request=request,
+        length=length,
+        group_size=group_size,
+        lm_head=lm_head,
+        embedding=embedding,
+        kv_cache=kv_cache,
+        max_ram=max_ram,
+        threads=threads,
+        force=force,
+    )
+    return calibrate_with(options, progress)
 
 
 def targets() -> list[dict[str, Any]]:

@@ -39,6 +39,7 @@ def list_targets() -> list[dict[str, Any]]:
         target = get_target(name)
         probe = target.probe()
         recipes = {recipe: load_recipe(recipe, complete=target.complete) for recipe in PRESETS}
+        capabilities = target.capabilities()
         levels = {name: target.supports(TYPICAL, recipe).level for name, recipe in recipes.items()}
         entries.append(
             {
@@ -48,7 +49,7 @@ def list_targets() -> list[dict[str, Any]]:
                 "remedy": probe.remedy,
                 "versions": target.versions(),
                 "recipes": levels,
-                "kv_caches": {kind: target.capabilities()[f"kv-cache {kind}"].level for kind in KV_CACHES},
+                "kv_caches": {kind: capabilities[f"kv-cache {kind}"].level for kind in KV_CACHES},
                 "default_kv_cache": {name: recipe.kv_cache for name, recipe in recipes.items()},
                 "precisions": {name: _precisions(recipe) for name, recipe in recipes.items()},
                 "devices": [{"name": device, "summary": summary} for device, summary in target.devices().items()],
@@ -58,11 +59,18 @@ def list_targets() -> list[dict[str, Any]]:
 
 
 def list_recipes() -> list[dict[str, Any]]:
-    """Each preset with the precision of its parts."""
-    entries = []
-    for name, listed in PRESETS.items():
-        entries.append({"name": name, "summary": listed.summary, **_precisions(listed.recipe)})
-    return entries
+    """Each preset with the precision of its parts, its algorithms, and what it costs and needs."""
+    return [
+        {
+            "name": name,
+            "summary": listed.summary,
+            **_precisions(listed.recipe),
+            "algorithms": list(listed.recipe.algorithms),
+            "costs": listed.costs,
+            "needs": listed.needs,
+        }
+        for name, listed in PRESETS.items()
+    ]
 
 
 def _precisions(recipe: Recipe) -> dict[str, str]:

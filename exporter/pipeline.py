@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.coverage import Coverage, coverage
 from calibration.qparams import QParams
+from exporter.artifact.calibration_record import record_of
 from exporter.artifact.host import check_host
 from exporter.artifact.manifest import Manifest, PrecisionTable, Source, write_manifest
 from exporter.artifact.staging import check_output, staged_directory
@@ -221,4 +222,5 @@ def _manifest(job: Job, source_digest: str, result: BuildResult, report: "Verify
         weights_bytes=result.weights_bytes,
         parity=report.to_json() if report else None,
         proof=report.proof.to_json() if report else unproven,
+        calibration=record_of(job.parameters) if job.parameters else None,
     )

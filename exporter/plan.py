@@ -1,7 +1,7 @@
 """What a build will cost, from the config alone: memory, disk, engine size, coverage; no weight is read."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from calibration.coverage import Coverage, coverage, gate
 from calibration.qparams import QParams
@@ -9,6 +9,7 @@ from calibration.transforms import FoldNorms, transformed_config
 from exporter.core.config import ModelConfig
 from exporter.core.errors import BudgetError, EngineSmithError, UnsupportedError
 from exporter.core.recipe import Recipe, kv_cache_bytes
+from exporter.matrix_sources import MatrixSource, grouped, matrix_sources
 from exporter.options import BuildOptions
 from exporter.requested_recipe import requested_recipe
 from targets.base import Limits, Target
@@ -30,16 +31,6 @@ class StagePlan:
 
     name: str
     peak_ram_bytes: int
-
-
-@dataclass(frozen=True)
-class MatrixSource:
-    """Where the codes of one matrix come from: `stored` in the file of parameters, `derived` from the weights after
-    its transforms, or `unquantized`; and why."""
-
-    name: str
-    source: str
-    why: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +65,7 @@ class Plan:
             "stages": [dict(stage.__dict__) for stage in self.stages],
             "unsupported": list(self.unsupported),
             "coverage": self.coverage.to_json(),
-            "matrices": [dict(matrix.__dict__) for matrix in self.matrices],
+            "matrices": [asdict(matrix) for matrix in self.matrices],
         }
         return {**plan, "error": self.blocker.to_json()} if self.blocker else plan
 
@@ -88,15 +79,8 @@ class Plan:
             f"coverage     {self.coverage.fraction:.1%} of the quantizable weights",
         ]
         lines += [f"  {stage.name:<9} {stage.peak_ram_bytes / 1e6:,.0f} MB" for stage in self.stages]
-        lines += [f"parameters   {line}" for line in self._sources()]
+        lines += [f"parameters   {line}" for line in grouped(self.matrices)]
         return "\n".join(lines + [f"note: {note}" for note in self.unsupported])
-
-    def _sources(self) -> list[str]:
-        """How many matrices are stored, derived and unquantized, with the first reason of each kind."""
-        groups: dict[tuple[str, str], int] = {}
-        for matrix in self.matrices:
-            groups[matrix.source, matrix.why] = groups.get((matrix.source, matrix.why), 0) + 1
-        return [f"{count} {source}" + (f": {why}" if why else "") for (source, why), count in groups.items()]
 
 
 def make_plan(options: BuildOptions) -> Plan:
@@ -106,6 +90,7 @@ def make_plan(options: BuildOptions) -> Plan:
     target.check_device(options.device)
     parameters = open_parameters(options)
     recipe = requested_recipe(options, target, parameters)
+    options.calibration.check_recipe(recipe, target.calibrated_caches)
     built = built_config(config, recipe)
     covered = coverage(built, recipe, target.scale_bits, target.code_bits)
     limits = Limits(options.max_batch, options.sequence_limit(config))
@@ -125,7 +110,7 @@ def make_plan(options: BuildOptions) -> Plan:
         unsupported=tuple(notes),
         coverage=covered,
         blocker=blocker,
-        matrices=matrix_sources(config, recipe, parameters),
+        matrices=matrix_sources(target, covered, recipe, config, parameters),
     )
 
 
@@ -133,15 +118,6 @@ def data_notes(options: BuildOptions, recipe: Recipe, target: Target) -> list[st
     """What a build would still need of its user."""
     error = options.calibration.missing_data(recipe, target.calibrated_caches)
     return [f"{error.message}: {error.remedy}"] if error else []
-
-
-def matrix_sources(config: ModelConfig, recipe: Recipe, parameters: QParams | None) -> tuple[MatrixSource, ...]:
-    """Which matrices take their codes from the file of parameters, and which are derived; nothing without a file."""
-    if parameters is None:
-        return ()
-    from calibration.qparams import served
-
-    return tuple(MatrixSource(*found) for found in served(parameters, recipe, config))
 
 
 def open_parameters(options: BuildOptions) -> QParams | None:

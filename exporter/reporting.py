@@ -1,5 +1,7 @@
 """Writing the HTML report of a build or a verification, outside the artifact."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +10,7 @@ from exporter.core.disk import FULL, full
 from exporter.core.errors import InputError, ParityError
 
 if TYPE_CHECKING:
+    from exporter.compare import Comparison
     from exporter.parity.report import VerifyReport
     from exporter.pipeline import BuildOutcome
 
@@ -37,6 +40,14 @@ def write_failure_report(error: ParityError, path: Path | None) -> None:
         _write(error.verification, {}, path)
 
 
+def write_comparison(found: "Comparison", path: Path) -> None:
+    """The page of `enginesmith compare`."""
+    from exporter.parity.comparison_page import render_comparison
+
+    with _report_errors(path):
+        path.write_text(render_comparison(found.to_json()), encoding="utf-8")
+
+
 def _facts(artifact: Artifact, *, ran: bool) -> dict[str, Any]:
     """What the page shows besides parity: sizes, coverage, and speed measured now where the engine runs here.
 
@@ -56,8 +67,14 @@ def _facts(artifact: Artifact, *, ran: bool) -> dict[str, Any]:
 def _write(report: "VerifyReport", facts: dict[str, Any], path: Path) -> None:
     from exporter.parity.html import write_html
 
-    try:
+    with _report_errors(path):
         write_html(report, facts, path)
+
+
+@contextmanager
+def _report_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno in FULL:
             raise full(path, error) from error

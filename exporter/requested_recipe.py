@@ -17,23 +17,15 @@ def requested_recipe(options: BuildOptions, target: Target, parameters: QParams 
     """The recipe with the options' overrides applied, and the target's choice of what nobody named."""
     if parameters is not None:
         return _of_parameters(options, target, parameters.recipe)
-    recipe = load_recipe(
+    return load_recipe(
         options.recipe or DEFAULT,
         group_size=options.group_size,
         lm_head=options.lm_head,
         embedding=options.embedding,
         kv_cache=options.kv_cache,
+        rotate=options.calibration.rotate,
         complete=target.complete,
     )
-    return _rotated(recipe) if options.calibration.rotate else recipe
-
-
-def _rotated(recipe: Recipe) -> Recipe:
-    """With a rotation before all other algorithms: for recipes whose layers are integers."""
-    if not recipe.linear.is_integer:
-        what = f"--rotate with recipe {recipe.name}, whose layers are {recipe.linear.describe()}"
-        raise InputError("recipe.rotate", what, "a rotation is an option of int4, int6 and int8 recipes")
-    return replace(recipe, algorithms=("rotate", *(name for name in recipe.algorithms if name != "rotate")))
 
 
 def _of_parameters(options: BuildOptions, target: Target, recipe: Recipe) -> Recipe:

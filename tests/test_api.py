@@ -41,7 +41,7 @@ def test_verify_bench_and_compare(outcome: enginesmith.BuildOutcome, checkpoint:
     assert report.passed and report.proof.graph_parity is None
     assert (tmp_path / "report.html").stat().st_size > 1000
     assert enginesmith.bench(outcome.path, prompt_tokens=16, new_tokens=8)["decode_tokens_per_s"] > 0
-    assert enginesmith.compare([outcome.path], against=checkpoint)[0]["recipe"] == "int8-weight"
+    assert enginesmith.compare([outcome.path], against=checkpoint).engines[0]["recipe"] == "int8-weight"
 
 
 def test_load_generates_in_batches(outcome: enginesmith.BuildOutcome) -> None:

@@ -11,16 +11,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from calibration.recipe_json import recipe_from_json, recipe_to_json
+from exporter.artifact.calibration_record import CalibrationRecord, record_from_json
 from exporter.artifact.config_json import ARCHITECTURE, config_from_json, config_to_json
 from exporter.artifact.digests import FileEntry, hash_files
 from exporter.artifact.json_fields import Fields, canonical_json, damaged, is_digest, parse_object
+from exporter.artifact.older_manifests import upgrade
 from exporter.artifact.paths import path_fault
 from exporter.core.config import ModelConfig
 from exporter.core.errors import ArtifactError, EngineSmithError
-from exporter.core.recipe import Precision, Recipe
+from exporter.core.recipe import Recipe
 from targets.base import Limits
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
 MAX_MANIFEST_BYTES = 16 << 20
@@ -70,7 +73,7 @@ class PrecisionTable:
 @dataclass(frozen=True)
 class Manifest:
     """One artifact. `requirements` and `signature` are as in `targets.base.BuildResult`; `parity` is the
-    result of `verify` (None if it was skipped), `proof` what stands behind it."""
+    result of `verify` (None if it was skipped), `proof` what stands behind it; `calibration` None: there was none."""
 
     enginesmith: str
     source: Source
@@ -86,6 +89,7 @@ class Manifest:
     parity: dict[str, Any] | None
     proof: dict[str, Any]
     files: tuple[FileEntry, ...] = ()
+    calibration: CalibrationRecord | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -115,7 +119,8 @@ class Manifest:
                 "digest": self.source.digest,
                 "config": config_to_json(config),
             },
-            "recipe": {**asdict(self.recipe), "description": describe(self.recipe)},
+            "recipe": {**recipe_to_json(self.recipe), "description": describe(self.recipe)},
+            "calibration": self.calibration.to_json() if self.calibration else None,
             "coverage": {**asdict(self.coverage), "tensors": [asdict(tensor) for tensor in self.coverage.tensors]},
             "target": self.target,
             "triple": self.triple,
@@ -136,7 +141,9 @@ class Manifest:
 def describe(recipe: Recipe) -> str:
     """A recipe in one line for people."""
     parts = ", ".join(f"{part} {getattr(recipe, part).describe()}" for part in ("linear", "lm_head", "embedding"))
-    return f"{parts}, kv_cache {recipe.kv_cache}"
+    others = f", {len(recipe.overrides)} patterns of layers otherwise" if recipe.overrides else ""
+    algorithms = f", {' then '.join(recipe.algorithms)}" if recipe.algorithms else ""
+    return f"{parts}, kv_cache {recipe.kv_cache}{others}{algorithms}"
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> tuple[Manifest, str]:
@@ -174,6 +181,7 @@ def decode_manifest(data: bytes) -> Manifest:
     seal = value.pop(SEAL, None)
     if seal != _seal(value) or canonical_json({**value, SEAL: seal}) != data:
         raise damaged(f"its {SEAL} does not match its contents")
+    value = upgrade(value, version)
     manifest = _manifest(Fields(value, "manifest.json"))
     if manifest.to_json() != value:
         raise damaged("its fields contradict one another")
@@ -190,7 +198,8 @@ def _manifest(fields: Fields) -> Manifest:
     manifest = Manifest(
         enginesmith=fields.text("enginesmith"),
         source=_source(fields),
-        recipe=_recipe(fields.object("recipe")),
+        recipe=_recipe(fields.mapping("recipe")),
+        calibration=_calibration(fields),
         coverage=PrecisionTable.from_json(fields.mapping("coverage")),
         target=fields.text("target"),
         triple=fields.text("triple"),
@@ -216,25 +225,17 @@ def _source(fields: Fields) -> Source:
     return Source(source.digest("digest"), config_from_json(source.mapping("config"), eos, *ids))
 
 
-def _recipe(fields: Fields) -> Recipe:
-    return Recipe(
-        name=fields.text("name"),
-        linear=_precision(fields.object("linear")),
-        lm_head=_precision(fields.object("lm_head")),
-        embedding=_precision(fields.object("embedding")),
-        kv_cache=fields.text("kv_cache"),
-    )
-
-
-def _precision(fields: Fields) -> Precision:
+def _recipe(value: dict[str, Any]) -> Recipe:
+    """`description` is for people: whether it fits is seen when the manifest is written again."""
     try:
-        return Precision(
-            fields.text("kind"), fields.optional_integer("group_size", 1, 1 << 16), fields.boolean("symmetric")
-        )
-    except ArtifactError:
-        raise
+        return recipe_from_json({name: field for name, field in value.items() if name != "description"})
     except EngineSmithError as error:
         raise damaged(error.message) from error
+
+
+def _calibration(fields: Fields) -> CalibrationRecord | None:
+    value = fields.optional_mapping("calibration")
+    return None if value is None else record_from_json(value)
 
 
 def _tensor(value: object) -> TensorPrecision:

@@ -21,19 +21,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 # Options of the contract that have no meaning yet: refused by name, never ignored.
 LATER_OPTIONS = {
-    "--calibration": "calibration data",
-    "--calibration-tokens": "calibration data",
-    "--seed": "calibration data",
-    "--qparams": "quantization-parameter files",
-    "--target-bits": "the recipe auto",
-    "--target-bytes": "the recipe auto",
-    "--max-kl": "the recipe auto",
     "--tp": "tensor parallelism",
     "--pp": "pipeline parallelism",
     "--format": "checkpoint exports",
     "--engine": "checkpoint exports",
     "--labels": "classifiers",
-    "--work-dir": "builds that spill to disk",
 }
 LATER_NOTE = "Not available yet (exit 3): " + ", ".join(sorted(LATER_OPTIONS)) + "."
 EXTRA_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from exporter.calibration_request import CalibrationRequest
 from exporter.cli.app import EXTRA_ARGUMENTS, LATER_NOTE, Debug, Json, app, refuse_extra
 from exporter.cli.output import Output
 from exporter.core.device import DeviceOptions, parse_features
@@ -16,7 +17,12 @@ Checkpoint = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="Hugging Face checkpoint directory (safetensors).")
 ]
 TargetName = Annotated[str, typer.Option("--target", help="Target, see `enginesmith targets`.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="Preset or TOML file, see `enginesmith recipes`.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", help="Preset or TOML file, see `enginesmith recipes`. Default: fp32, or that of --qparams."
+    ),
+]
 Tracer = Annotated[str, typer.Option("--tracer", help="torch-export or torchscript.")]
 SeqLen = Annotated[int | None, typer.Option("--max-seq-len", help="Positions in a row. Default: min(config, 4096).")]
 MaxBatch = Annotated[int, typer.Option("--max-batch", help="Rows in a batch.")]
@@ -25,7 +31,7 @@ LmHead = Annotated[str | None, typer.Option("--lm-head", help="Precision of the 
 Embedding = Annotated[str | None, typer.Option("--embedding", help="Precision of the embedding.")]
 KvCache = Annotated[
     str | None,
-    typer.Option("--kv-cache", help="Storage of keys and values: fp32, fp16 or int8. Default: the target's."),
+    typer.Option("--kv-cache", help="Storage of keys and values: fp32, fp16, int8, fp8. Default: the target's."),
 ]
 Coverage = Annotated[float, typer.Option("--min-coverage", help="Fraction of weights that must be quantized.")]
 Threads = Annotated[int, typer.Option("--threads", help="Threads; 0: one per physical core.")]
@@ -36,6 +42,19 @@ Cpu = Annotated[str | None, typer.Option("--mcpu", help="Build for LLVM's CPU: c
 Features = Annotated[str | None, typer.Option("--mattr", help="LLVM's CPU features: +dotprod,+fullfp16.")]
 Tune = Annotated[float, typer.Option("--tune", metavar="MINUTES", help="Search kernel parameters this long.")]
 Tuning = Annotated[Path | None, typer.Option("--tuning", help="File of tuning results to use, and to extend.")]
+QParams = Annotated[Path | None, typer.Option("--qparams", help="Quantization parameters of `enginesmith calibrate`.")]
+Calibration = Annotated[
+    Path | None, typer.Option("--calibration", help="Calibrate on this text: plain, or JSONL with text or messages.")
+]
+Tokens = Annotated[int | None, typer.Option("--calibration-tokens", help="Tokens to calibrate on. Default: 65536.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling of text, and of rotations.")]
+TargetBits = Annotated[float | None, typer.Option("--target-bits", help="Recipe auto: bits per weight at most.")]
+TargetBytes = Annotated[str | None, typer.Option("--target-bytes", help="Recipe auto: size of the weights at most.")]
+MaxKl = Annotated[float | None, typer.Option("--max-kl", help="Recipe auto: mean KL to eager at most.")]
+Rotate = Annotated[bool, typer.Option("--rotate", help="Rotate residual stream and heads first (integer recipes).")]
+WorkDir = Annotated[
+    Path | None, typer.Option("--work-dir", help="Keep calibrated layers here; an interrupted build goes on from them.")
+]
 Task = Annotated[str, typer.Option("--task", help="generate")]
 
 
@@ -45,7 +64,7 @@ def build(
     checkpoint: Checkpoint,
     target: TargetName,
     out: Annotated[Path, typer.Option("--out", help="Directory of the artifact.")],
-    recipe: RecipeName = "fp32",
+    recipe: RecipeName = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
     tracer: Tracer = "torch-export",
     max_seq_len: SeqLen = None,
@@ -61,6 +80,15 @@ def build(
     mattr: Features = None,
     tune: Tune = 0.0,
     tuning: Tuning = None,
+    qparams: QParams = None,
+    calibration: Calibration = None,
+    calibration_tokens: Tokens = None,
+    seed: Seed = 0,
+    target_bits: TargetBits = None,
+    target_bytes: TargetBytes = None,
+    max_kl: MaxKl = None,
+    rotate: Rotate = False,
+    work_dir: WorkDir = None,
     threads: Threads = 0,
     max_ram: MaxRam = None,
     task: Task = "generate",
@@ -73,6 +101,10 @@ def build(
     """Trace, fuse, quantize, compile, verify and package a checkpoint."""
     refuse_extra(context.args, _option_names(context))
     _require_generate(task)
+    goal = parse_size(target_bytes) if target_bytes else None
+    request = CalibrationRequest(
+        qparams, calibration, calibration_tokens, seed, target_bits, goal, max_kl, rotate, work_dir
+    )
     options = BuildOptions(
         checkpoint=checkpoint,
         out=out,
@@ -91,6 +123,7 @@ def build(
         max_ram=parse_size(max_ram) if max_ram else None,
         parity=not no_parity,
         device=DeviceOptions(device, mtriple, mcpu, parse_features(mattr), tune, tuning),
+        calibration=request,
     )
     _build(options, report, progress, context.obj)
 
@@ -113,7 +146,7 @@ def plan(
     context: typer.Context,
     checkpoint: Checkpoint,
     target: TargetName,
-    recipe: RecipeName = "fp32",
+    recipe: RecipeName = None,
     tracer: Tracer = "torch-export",
     max_seq_len: SeqLen = None,
     max_batch: MaxBatch = 4,
@@ -126,6 +159,15 @@ def plan(
     mtriple: Triple = None,
     mcpu: Cpu = None,
     mattr: Features = None,
+    qparams: QParams = None,
+    calibration: Calibration = None,
+    calibration_tokens: Tokens = None,
+    seed: Seed = 0,
+    target_bits: TargetBits = None,
+    target_bytes: TargetBytes = None,
+    max_kl: MaxKl = None,
+    rotate: Rotate = False,
+    max_ram: MaxRam = None,
     task: Task = "generate",
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Plan a build without parity checks.")] = False,
     json: Json = False,
@@ -136,6 +178,7 @@ def plan(
     _require_generate(task)
     from exporter import api
 
+    goal = parse_size(target_bytes) if target_bytes else None
     options = BuildOptions(
         checkpoint=checkpoint,
         out=Path(),
@@ -150,7 +193,11 @@ def plan(
         kv_cache=kv_cache,
         min_coverage=min_coverage,
         parity=not no_parity,
+        max_ram=parse_size(max_ram) if max_ram else None,
         device=DeviceOptions(device, mtriple, mcpu, parse_features(mattr)),
+        calibration=CalibrationRequest(
+            qparams, calibration, calibration_tokens, seed, target_bits, goal, max_kl, rotate
+        ),
     )
     planned = api.plan_with(options)
     output: Output = context.obj

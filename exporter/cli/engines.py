@@ -13,6 +13,10 @@ from exporter.core.errors import InputError
 Engine = Annotated[Path, typer.Argument(metavar="ENGINE", help="Artifact directory.")]
 Against = Annotated[Path, typer.Option("--against", help="The checkpoint the engine was built from.")]
 Text = Annotated[Path | None, typer.Option("--text", help="Evaluation text; default: the built-in sample.")]
+QParams = Annotated[
+    Path | None,
+    typer.Option("--qparams", help="The quantization parameters it was built with; without: eager's limits alone."),
+]
 Report = Annotated[Path | None, typer.Option("--report", help="Write an HTML report here.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="Threads; 0: one per physical core.")]
 ProgressStyle = Annotated[str, typer.Option("--progress", help="auto, plain, jsonl or none.")]
@@ -25,6 +29,7 @@ def verify(
     engine: Engine,
     against: Against,
     text: Text = None,
+    qparams: QParams = None,
     report: Report = None,
     threads: Threads = 0,
     progress: ProgressStyle = "auto",
@@ -37,7 +42,9 @@ def verify(
 
     shown = make_progress(progress, {"load": 1, "verify": 20})
     try:
-        result = api.verify(engine, against=against, text=text, report=report, threads=threads, progress=shown)
+        result = api.verify(
+            engine, against=against, text=text, qparams=qparams, report=report, threads=threads, progress=shown
+        )
     finally:
         close(shown)
     output: Output = context.obj
@@ -167,13 +174,14 @@ def compare(
     engines: Annotated[list[Path], typer.Argument(metavar="ENGINE...", help="Artifact directories.")],
     against: Against,
     text: Text = None,
+    report: Report = None,
     threads: Threads = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Tabulate engines of one checkpoint: size, quality against eager, speed."""
-    from exporter.compare import compare_engines, describe
+    """Tabulate engines of one checkpoint: size, quality against eager and each other, speed."""
+    from exporter import api
 
-    rows = compare_engines(engines, against, text=text, threads=threads)
+    found = api.compare(engines, against=against, text=text, threads=threads, report=report)
     output: Output = context.obj
-    output.result({"engines": rows}, describe(rows))
+    output.result(found.to_json(), found.describe())

@@ -25,14 +25,18 @@ def targets(context: typer.Context, json: Json = False, debug: Debug = False) ->
 
 @app.command()
 def recipes(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
-    """List the recipes: presets, and those that are planned."""
+    """List the recipes: what each stores, what it costs, and what it needs."""
     from exporter import api
 
     listed = api.recipes()
-    lines = [
-        f"{entry['name']:<16} linear {entry['linear']}, head {entry['lm_head']}, embedding {entry['embedding']}"
-        for entry in listed
-    ]
+    lines = []
+    for entry in listed:
+        how = f" by {', '.join(entry['algorithms'])}" if entry["algorithms"] else ""
+        lines += [
+            f"{entry['name']:<16} {entry['summary']}",
+            f"  linear {entry['linear']}{how}, head {entry['lm_head']}, embedding {entry['embedding']}",
+            f"  costs {entry['costs']}; needs {entry['needs']}",
+        ]
     output: Output = context.obj
     output.result({"recipes": listed}, "\n".join(lines))
 

@@ -1,5 +1,6 @@
 """A built engine held to its simulated quantization, to eager, and to itself."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,9 @@ from exporter.parity.scoring import (
 STAGE = "compile"
 SIMULATED = ("simulation_relative_l2_error", "decode_vs_prefill", "long_position", "instrumented_vs_plain")
 """Checks that need a simulation of the engine."""
+
+LogitSink = Callable[[np.ndarray, np.ndarray], None]
+"""(positions [R] of one row of text, logits [R, V])"""
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,17 @@ def verify_engine(
     recipe: Recipe,
     max_batch: int,
     advance: Advance,
+    seen: LogitSink | None = None,
 ) -> EngineResult:
-    """Run an engine and compare it. `simulation` is the eager model with the recipe's weights (and its
-    cache, and activations if the engine rounds them): the reference's own model for a lossless recipe."""
+    """Run an engine and compare it. `simulation` is the eager model with the recipe's weights (and its cache, and
+    activations if the engine rounds them): the reference's own model for a lossless recipe. `seen` is shown the
+    engine's logits at `ParityInputs.main_positions`."""
     limits = engine_limits(recipe, rounded_activations=simulation.rounds_activations)
     share = 1.0 if isinstance(simulation, Unsimulated) else 0.4
     run = run_engine(open_runner, inputs, max_batch, lambda f, detail: advance(share * f, detail))
     metrics = _against_eager(run, reference, inputs)
+    if seen is not None:
+        seen(inputs.main_positions, run.logits[: len(inputs.main_positions)])
     if isinstance(simulation, Unsimulated):
         tight = (*(Check(name, None, None, STAGE, simulation.why) for name in SIMULATED), *_consistency(run, limits))
         stage = StageResult(STAGE, tight, divergence=_off(tight))

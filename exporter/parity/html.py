@@ -46,11 +46,12 @@ def render_html(report: VerifyReport, extra: Mapping[str, Any]) -> str:
     manifest: Mapping[str, Any] = extra.get("manifest") or {}
     body = [
         _verdict(report, manifest),
-        _section("Parity", _parity(report)),
-        _section("Error after each layer", error_plot(report.stages)),
-        _section("Size", _sizes(manifest)),
-        _section("Speed", _speed(extra.get("bench") or {})),
-        _section("What was proven", _proof(report, extra)),
+        section("Parity", _parity(report)),
+        section("Error after each layer", error_plot(report.stages)),
+        section("Recipe", _recipe(manifest)),
+        section("Size", _sizes(manifest)),
+        section("Speed", _speed(extra.get("bench") or {})),
+        section("What was proven", _proof(report, extra)),
         _folded("Checks of the graphs, stage by stage", _stages(report)),
         _coverage(manifest),
     ]
@@ -88,24 +89,24 @@ def _verdict(report: VerifyReport, manifest: Mapping[str, Any]) -> str:
 def _figures(report: VerifyReport, manifest: Mapping[str, Any]) -> str:
     checks = {check.name: check.value for check in report.checks}
     found = [
-        (_number(report.perplexity_engine), "perplexity of the engine"),
-        (_number(report.perplexity_reference), "perplexity of eager"),
-        (_number(checks.get("kl_divergence_mean")), "mean KL, nats"),
-        (_percent(checks.get("top1_agreement")), "same top token"),
+        (number(report.perplexity_engine), "perplexity of the engine"),
+        (number(report.perplexity_reference), "perplexity of eager"),
+        (number(checks.get("kl_divergence_mean")), "mean KL, nats"),
+        (percent(checks.get("top1_agreement")), "same top token"),
         (str(report.positions) if report.positions else "", "positions compared"),
-        (_number((manifest.get("coverage") or {}).get("bits_per_weight")), "bits per weight"),
+        (number((manifest.get("coverage") or {}).get("bits_per_weight")), "bits per weight"),
     ]
     return "".join(f"<div><b>{value}</b><span class='quiet'>{name}</span></div>" for value, name in found if value)
 
 
 def _parity(report: VerifyReport) -> str:
     rows = [_check_row(check) for check in report.checks]
-    return _table(("check", "measured>", "limit>", "share of the limit", ""), rows)
+    return table(("check", "measured>", "limit>", "share of the limit", ""), rows)
 
 
 def _check_row(check: Check) -> Cells:
-    value = "not measured" if check.value is None else _number(check.value) or "not finite"
-    limit = "reported" if check.limit is None else _number(check.limit)
+    value = "not run" if check.value is None else number(check.value) or "not finite"
+    limit = "reported" if check.limit is None else number(check.limit)
     words = escape(CHECK_WORDS.get(check.name, check.name))
     note = f'<br><span class="quiet">{escape(check.note)}</span>' if check.note else ""
     verdict = '<span class="good">within</span>' if check.passed else '<span class="bad">over</span>'
@@ -131,22 +132,42 @@ def _stages(report: VerifyReport) -> str:
         for check in stage.checks:
             row = _check_row(check)
             rows.append((escape(STAGE_NAMES.get(stage.stage, stage.stage)), *row[:3], row[4]))
-    return _table(("stage", "check", "measured>", "limit>", ""), rows)
+    return table(("stage", "check", "measured>", "limit>", ""), rows)
 
 
 def _sizes(manifest: Mapping[str, Any]) -> str:
-    rows = [(f"<code>{escape(str(file['path']))}</code>", _bytes(file["bytes"])) for file in manifest.get("files", [])]
+    rows = [(f"<code>{escape(str(file['path']))}</code>", size(file["bytes"])) for file in manifest.get("files", [])]
     if not rows:
         return ""
     total = sum(file["bytes"] for file in manifest["files"])
-    rows.append(("<b>together</b>", f"<b>{_bytes(total)}</b>"))
+    rows.append(("<b>together</b>", f"<b>{size(total)}</b>"))
     if "weights_bytes" in manifest:
-        rows.append(("of which weights", _bytes(manifest["weights_bytes"])))
-    return _table(("file", "size>"), rows)
+        rows.append(("of which weights", size(manifest["weights_bytes"])))
+    return table(("file", "size>"), rows)
+
+
+def _recipe(manifest: Mapping[str, Any]) -> str:
+    """What was asked, and what calibration it took."""
+    recipe, record = manifest.get("recipe") or {}, manifest.get("calibration")
+    rows = [("precisions", escape(str(recipe.get("description", ""))))] if recipe else []
+    if record:
+        rows.append(("quantization parameters", f"<code>{escape(str(record['qparams']))}</code>"))
+        rows.append(("algorithms", escape(", ".join(record["algorithms"]) or "statistics alone")))
+        shown = ", ".join(f"{count} {name}" for name, count in record["transforms"].items())
+        rows.append(("transforms", escape(shown or "none")))
+        rows.append(("text", _text(record["text"])))
+    return table(("", ""), rows)
+
+
+def _text(text: Mapping[str, Any] | None) -> str:
+    if text is None:
+        return "none needed"
+    amount = f"{text['tokens']:,} tokens in {text['sequences']:,} sequences of {text['length']}, seed {text['seed']}"
+    return f"{escape(amount)}<br><code>{escape(str(text['text_sha256']))}</code>"
 
 
 def _speed(bench: Mapping[str, Any]) -> str:
-    return _table(("figure", "measured>"), [(escape(str(k)), escape(_plain(v))) for k, v in bench.items()])
+    return table(("figure", "measured>"), [(escape(str(k)), escape(_plain(v))) for k, v in bench.items()])
 
 
 def _proof(report: VerifyReport, extra: Mapping[str, Any]) -> str:
@@ -168,8 +189,14 @@ def _proof(report: VerifyReport, extra: Mapping[str, Any]) -> str:
             f"tokens, {facts.get('decode_steps')} decode steps, rows of {facts.get('ragged_lengths')} tokens, and one "
             f"row that fills all {facts.get('longest_row')} positions."
         )
+    simulation = ""
+    if report.unsimulated:
+        simulation = (
+            "It was held to eager alone: the checks against the simulation of its quantization need its file of "
+            "quantization parameters and were not run. That never counts as passed."
+        )
     digest = f"Digest <code>{escape(str(extra['digest']))}</code>" if extra.get("digest") else ""
-    return "".join(f"<p>{part}</p>" for part in (graphs, engine, measured, digest) if part)
+    return "".join(f"<p>{part}</p>" for part in (graphs, engine, simulation, measured, digest) if part)
 
 
 def _coverage(manifest: Mapping[str, Any]) -> str:
@@ -180,9 +207,9 @@ def _coverage(manifest: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    covered = _percent(coverage.get("fraction"))
-    table = _table(("tensor", "asked", "stored", "why not"), rows)
-    return _folded(f"Precision of every tensor ({covered} as asked)", table)
+    covered = percent(coverage.get("fraction"))
+    rows_shown = table(("tensor", "asked", "stored", "why not"), rows)
+    return _folded(f"Precision of every tensor ({covered} as asked)", rows_shown)
 
 
 def _folded(title: str, content: str) -> str:
@@ -191,11 +218,11 @@ def _folded(title: str, content: str) -> str:
     return f"<section><details><summary>{escape(title)}</summary>{content}</details></section>"
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
 
 
-def _table(columns: Cells, rows: Sequence[Cells]) -> str:
+def table(columns: Cells, rows: Sequence[Cells]) -> str:
     """`columns` that end in > hold numbers. Cells are HTML already."""
     if not rows:
         return ""
@@ -206,18 +233,18 @@ def _table(columns: Cells, rows: Sequence[Cells]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """A few significant digits; empty where there is no finite number."""
     if value is None or not math.isfinite(value):
         return ""
     return f"{value:.5g}" if 1e-4 <= abs(value) < 1e5 else f"{value:.2e}" if value else "0"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     return "" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
 
 
-def _bytes(count: int) -> str:
+def size(count: int) -> str:
     return f"{count / 1e6:,.2f} MB" if count >= 1e4 else f"{count:,} bytes"
 
 

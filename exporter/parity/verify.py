@@ -13,7 +13,7 @@ from exporter.core.recipe import Recipe
 from exporter.core.traced import TracedModel
 from exporter.memory import release_free_memory
 from exporter.parity.basis import residual_basis
-from exporter.parity.engine import EngineResult, Unsimulated, verify_engine
+from exporter.parity.engine import EngineResult, LogitSink, Unsimulated, verify_engine
 from exporter.parity.inputs import ParityInputs, ParityPlan, parity_inputs, read_text
 from exporter.parity.limits import eager_limits
 from exporter.parity.metrics import relative_l2_error
@@ -30,7 +30,7 @@ from exporter.parity.scoring import (
 )
 from exporter.parity.stages import StageResults, verify_stages
 from exporter.parity.weight_values import RecipeValues, WeightPrecisions
-from exporter.recipe_numbers import RecipeNumbers, plain_numbers
+from exporter.recipe_numbers import RecipeNumbers
 from targets.base import Limits, Runner, RunOptions, Target, built_by
 
 
@@ -91,18 +91,19 @@ def verify_build(
     return report
 
 
-def verify_artifact(engine: EngineUnderTest, progress: Progress, numbers: RecipeNumbers | None = None) -> VerifyReport:
+def verify_artifact(
+    engine: EngineUnderTest, progress: Progress, numbers: RecipeNumbers | None, seen: LogitSink | None = None
+) -> VerifyReport:
     """Hold an engine to eager and to a simulation made from the checkpoint anew; nothing is traced.
 
-    `numbers` are those of a calibrated recipe; without them such an engine is held to eager alone, and the report says
-    so. Returns the report, passed or not; `require_passed` raises. What graphs the engine came from is not looked at.
+    `numbers` are what its recipe was built with; without them it is held to eager alone, and the report says so.
+    `seen` is shown the engine's logits. Returns the report, passed or not; `require_passed` raises. What graphs the
+    engine came from is not looked at.
     """
     inputs = engine.inputs()
     reference = expect(EagerModel(engine.checkpoint), inputs, _part(progress, 0.0, 0.4))
-    if numbers is None and not engine.recipe.calibrated:
-        numbers = plain_numbers(engine.checkpoint)
     simulation = _simulation(engine, reference.model, numbers) if numbers else _unsimulated(engine)
-    result = _run(engine, reference, simulation, inputs, _part(progress, 0.4, 0.9))
+    result = _run(engine, reference, simulation, inputs, _part(progress, 0.4, 0.9), seen)
     if result.passed or not result.faithful or isinstance(simulation, Unsimulated):
         return _report(engine, inputs, None, result)
     # The recipe is to blame: where, takes another walk, so it is done only now.
@@ -138,8 +139,10 @@ def _run(
     simulation: EagerModel | Unsimulated,
     inputs: ParityInputs,
     advance: Advance,
+    seen: LogitSink | None = None,
 ) -> EngineResult:
-    return verify_engine(engine.open, reference, simulation, inputs, engine.recipe, engine.limits.max_batch, advance)
+    recipe, rows = engine.recipe, engine.limits.max_batch
+    return verify_engine(engine.open, reference, simulation, inputs, recipe, rows, advance, seen)
 
 
 def _simulated(

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import random
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+from exporter.artifact.calibration_record import CalibrationRecord, TextRecord
 from exporter.artifact.json_fields import canonical_json
 from exporter.artifact.manifest import (
     SEAL,
@@ -20,7 +22,7 @@ from exporter.artifact.manifest import (
 )
 from exporter.core.config import ModelConfig
 from exporter.core.errors import ArtifactError
-from exporter.core.recipe import Precision, Recipe
+from exporter.core.recipe import AlgorithmOptions, Override, Precision, Recipe
 from tests.artifact.sample import config, manifest, write_files
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "manifest.schema.json"
@@ -88,6 +90,58 @@ def test_two_builds_give_the_same_bytes(tmp_path: Path) -> None:
     assert encode_manifest(reordered[0]) == encode_manifest(reordered[1])
 
 
+TEXT = TextRecord("cd" * 32, "text", 12, 65536, 128, 512, 0)
+CALIBRATED = CalibrationRecord("ef" * 32, TEXT, ("rotate", "gptq"), {"FoldNorms": 1, "RotateResidual": 1})
+
+
+@pytest.mark.parametrize("record", [None, CALIBRATED, replace(CALIBRATED, text=None, transforms={})])
+def test_calibration_round_trips_and_is_in_the_schema(record: CalibrationRecord | None) -> None:
+    mixed = Recipe(
+        "auto",
+        Precision("int4", 128, activations="int8/token"),
+        Precision("fp8", -1, activations="fp8/tensor"),
+        Precision("nvfp4", 16),
+        "fp8",
+        ("rotate", "gptq"),
+        AlgorithmOptions(smooth_alpha=0.5),
+        (Override("layers.*.mlp.down_proj", Precision("int8", -1)),),
+    )
+    data = encode_manifest(manifest(recipe=mixed, calibration=record))
+    read = decode_manifest(data)
+    assert read.recipe == mixed and read.calibration == record and encode_manifest(read) == data
+    jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(json.loads(data))
+    if record:
+        assert record.describe()
+
+
+def test_engines_of_schema_1_are_read_still() -> None:
+    """As version 1 wrote it: recipes without algorithms, precisions without activations, no calibration."""
+    value = manifest().to_json()
+    del value["calibration"]
+    for name in ("algorithms", "options", "overrides"):
+        del value["recipe"][name]
+    for part in ("linear", "lm_head", "embedding"):
+        del value["recipe"][part]["activations"]
+    read = decode_manifest(sealed({**value, "schema_version": 1}))
+    assert read.recipe == manifest().recipe and read.calibration is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"qparams": "12"},
+        {"transforms": {"FoldNorms": 0}},
+        {"text": {**asdict(TEXT), "tokens": -1}},
+        {"text": {**asdict(TEXT), "news": 1}},
+        {"algorithms": "gptq"},
+        {"news": 1},
+    ],
+)
+def test_damaged_calibration_is_refused(damage: dict[str, Any]) -> None:
+    value = manifest(calibration=CALIBRATED).to_json()
+    assert kind_of(sealed({**value, "calibration": {**value["calibration"], **damage}})) == "artifact.manifest"
+
+
 def test_the_published_schema_holds_for_real_manifests(tmp_path: Path) -> None:
     schema = json.loads(SCHEMA.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -104,7 +158,7 @@ def test_the_published_schema_holds_for_real_manifests(tmp_path: Path) -> None:
 
 def test_a_newer_schema_is_named() -> None:
     value = manifest().to_json()
-    assert kind_of(sealed({**value, "schema_version": 2, "news": 1})) == "artifact.newer"
+    assert kind_of(sealed({**value, "schema_version": 3, "news": 1})) == "artifact.newer"
     assert kind_of(b'{"schema_version": 99}') == "artifact.newer"
 
 

@@ -38,7 +38,20 @@ def test_help_lists_every_command_of_the_contract(capfd: pytest.CaptureFixture[s
         (["build", "x"], 2, "usage"),
         (["plan", "x", "--target", "onnxruntime", "--recpe", "fp32"], 2, "usage.option"),
         (["plan", "x", "--target", "onnxruntime", "--tp", "2"], 3, "option.unavailable"),
-        (["plan", "x", "--target", "onnxruntime", "--calibration=f"], 3, "option.unavailable"),
+        (["plan", "x", "--target", "onnxruntime", "--labels=f"], 3, "option.unavailable"),
+        (["plan", "x", "--target", "tvm", "--calibration-tokens", "9"], 2, "usage.calibration"),
+        (["plan", "x", "--target", "tvm", "--calibration", "f", "--calibration-tokens", "0"], 2, "usage.calibration"),
+        (["plan", "x", "--target", "tvm", "--qparams", "f", "--calibration", "g"], 2, "usage.qparams"),
+        (["plan", "x", "--target", "tvm", "--qparams", "f", "--rotate"], 2, "usage.qparams"),
+        (["plan", "x", "--target", "tvm", "--target-bits", "4", "--max-kl", "0.1"], 2, "usage.goal"),
+        (["plan", "x", "--target", "tvm", "--target-bits", "-4"], 2, "usage.goal"),
+        (["plan", EXAMPLE, "--target", "tvm", "--recipe", "int4-rtn", "--target-bits", "4"], 2, "usage.goal"),
+        (["plan", EXAMPLE, "--target", "tvm", "--recipe", "auto"], 2, "usage.goal"),
+        (["plan", EXAMPLE, "--target", "tvm", "--recipe", "int4-rtn", "--calibration", "f"], 2, "usage.calibration"),
+        (["plan", EXAMPLE, "--target", "tvm", "--recipe", "bf16", "--rotate"], 2, "recipe.rotate"),
+        (["build", EXAMPLE, "--target", "tvm", "--out", "y", "--recipe", "int4-gptq"], 2, "recipe.needs_data"),
+        (["build", EXAMPLE, "--target", "onnxruntime", "--out", "y", "--kv-cache", "int8"], 2, "recipe.needs_data"),
+        (["plan", EXAMPLE, "--target", "tvm", "--qparams", "no-such-file"], 2, "qparams.missing"),
         (["plan", "x", "--target", "onnxruntime", "--task", "classify"], 3, "option.task"),
         (["plan", "x", "--target", "onnxruntime"], 2, "checkpoint.missing"),
         (["plan", "x", "--target", "tensorrt"], 3, "target.unknown"),
@@ -51,8 +64,8 @@ def test_help_lists_every_command_of_the_contract(capfd: pytest.CaptureFixture[s
         (["plan", EXAMPLE, "--target", "tvm", "--mtriple", "riscv64-linux-gnu"], 3, "device.mtriple"),
         (["plan", "x", "--target", "tvm", "--device", "host", "--mcpu", "znver4"], 2, "usage.device"),
         (["build", "x", "--target", "tvm", "--out", "y", "--tune", "-1"], 2, "usage.tune"),
-        (["plan", EXAMPLE, "--target", "onnxruntime", "--kv-cache", "int8"], 3, "target.onnxruntime"),
-        (["plan", EXAMPLE, "--target", "tvm", "--kv-cache", "fp8"], 3, "recipe.kv_cache"),
+        (["plan", EXAMPLE, "--target", "onnxruntime", "--kv-cache", "fp16"], 3, "target.onnxruntime"),
+        (["plan", EXAMPLE, "--target", "tvm", "--kv-cache", "fp8"], 3, "target.tvm"),
         (["plan", EXAMPLE, "--target", "tvm", "--kv-cache", "int3"], 2, "recipe.kv_cache"),
         (["build", "x", "--target", "tvm", "--out", "y", "--no-parity", "--report", "r.html"], 2, "usage.report"),
         (["plan", "x", "--target", "onnxruntime", "--max-batch", "0"], 2, "usage.max_batch"),
@@ -100,8 +113,9 @@ def test_targets_list_devices_and_caches(capfd: pytest.CaptureFixture[str]) -> N
     devices = {device["name"]: device["summary"] for device in listed["tvm"]["devices"]}
     assert {"host", "raspberry-pi-5", "graviton3", "x86-64-v3", "aarch64"} <= devices.keys() and all(devices.values())
     assert listed["onnxruntime"]["devices"] == []
-    assert listed["onnxruntime"]["kv_caches"] == {"fp32": "native", "fp16": "refused", "int8": "refused"}
-    assert set(listed["tvm"]["kv_caches"].values()) == {"native"}
+    caches = {"fp32": "native", "fp16": "refused", "int8": "native", "fp8": "refused"}
+    assert listed["onnxruntime"]["kv_caches"] == caches
+    assert listed["tvm"]["kv_caches"] == {"fp32": "native", "fp16": "native", "int8": "native", "fp8": "refused"}
     assert listed["tvm"]["default_kv_cache"]["int4-rtn"] == "fp16"
     assert listed["onnxruntime"]["default_kv_cache"]["int4-rtn"] == "fp32"
     parts = {"linear": "int4/g32", "lm_head": "int4/g32", "embedding": "int8/g32"}

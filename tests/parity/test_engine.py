@@ -61,6 +61,10 @@ def workshop(tiny_checkpoint: CheckpointFactory, tmp_path_factory: pytest.TempPa
     return Workshop(Checkpoint.open(path), tmp_path_factory.mktemp("engines"))
 
 
+def prove(engine: EngineUnderTest) -> VerifyReport:
+    return verify_artifact(engine, NoProgress(), plain_numbers(engine.checkpoint))
+
+
 def values(report: VerifyReport) -> dict[str, float | None]:
     return {check.name: check.value for check in report.checks}
 
@@ -79,7 +83,7 @@ CONTRACT = {
 
 @pytest.mark.parametrize("recipe", ["fp32", "bf16", "fp16", "int8-weight", "int4-rtn"])
 def test_sound_engine_passes(recipe: str, workshop: Workshop) -> None:
-    report = verify_artifact(workshop.build(recipe), NoProgress())
+    report = prove(workshop.build(recipe))
     assert report.passed, report.describe()
     assert values(report).keys() >= CONTRACT
     assert report.proof.engine_run is report.proof.simulation is True
@@ -109,7 +113,7 @@ ENGINE_FAULTS = [
 
 @pytest.mark.parametrize(("recipe", "name"), ENGINE_FAULTS)
 def test_fault_in_the_engine_is_found_in_its_layer(recipe: str, name: str, workshop: Workshop) -> None:
-    report = verify_artifact(workshop.build(recipe, FAULTS[name]), NoProgress())
+    report = prove(workshop.build(recipe, FAULTS[name]))
     assert not report.passed
     assert report.first_divergence is not None
     assert (report.first_divergence.stage, report.first_divergence.layer) == ("compile", 1)
@@ -133,7 +137,7 @@ def test_failed_stage_ends_the_verification(workshop: Workshop) -> None:
 
 
 def test_engine_of_one_row_has_no_ragged_batch(workshop: Workshop) -> None:
-    report = verify_artifact(workshop.build("fp32", limits=Limits(1, 64)), NoProgress())
+    report = prove(workshop.build("fp32", limits=Limits(1, 64)))
     assert report.passed
     assert values(report)["ragged_batch_vs_single"] is None
 
@@ -174,7 +178,7 @@ def test_the_ragged_batch_opens_no_longer_a_cache_than_it_needs(
         return opened(self, batch, positions, hidden)
 
     monkeypatch.setattr(EngineUnderTest, "open", watch)
-    assert verify_artifact(workshop.build("fp32"), NoProgress()).passed
+    assert prove(workshop.build("fp32")).passed
     longest = max(PLAN.ragged) + PLAN.ragged_steps
     assert asked == [(1, LIMITS.max_seq_len), (3, longest), (1, LIMITS.max_seq_len)]
 
@@ -210,7 +214,7 @@ def test_faulty_cache_is_found(workshop: Workshop, monkeypatch: pytest.MonkeyPat
     engine = workshop.build("fp32")
     opened = EngineUnderTest.open
     monkeypatch.setattr(EngineUnderTest, "open", lambda *arguments: Forgetful(opened(*arguments)))
-    report = verify_artifact(engine, NoProgress())
+    report = prove(engine)
     checks = {check.name: check for check in report.checks}
     assert not checks["decode_vs_prefill"].passed
     assert checks["chunked_vs_prefill"].passed
