@@ -1,7 +1,5 @@
 """The calibration of the head: statistics of the final norm's output, and codes of the head's rows, block by block."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
@@ -9,12 +7,12 @@ from calibration.accumulate import StatisticsAccumulator
 from calibration.activation_store import Activations, batches
 from calibration.coverage import actual_precision
 from calibration.decoder import rms_norm
-from calibration.matrix_algorithms import BLOCK_ELEMENTS, CodeChooser, Wanted, input_clip
+from calibration.matrix_algorithms import CodeChooser, Wanted, input_clip
 from calibration.qparams_writer import QParamsWriter
 from exporter.core.canonical import CheckpointWeight
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.recipe import Recipe
-from exporter.core.weights import QuantizedRows, read_weight_rows, row_chunks
+from exporter.core.weights import read_weight_rows
 
 POINT, MODULE = "head_input", "lm_head"
 
@@ -35,14 +33,10 @@ def run_head(checkpoint: Checkpoint, recipe: Recipe, hidden: Activations, batch:
     chooser = CodeChooser(recipe, precision, statistics)
     if not chooser.chooses:
         return
-    writer.add_codes(config.head_source, _blocks(checkpoint, config.head_source, chooser))
+    name, shape = config.head_source, checkpoint.tensors[config.head_source].shape
+    writer.add_codes(name, chooser.blocks(shape, lambda start, stop: _read(checkpoint, name, start, stop)))
     if chooser.report:
         writer.add_report(MODULE, chooser.report)
-
-
-def _blocks(checkpoint: Checkpoint, name: str, chooser: CodeChooser) -> Iterator[QuantizedRows]:
-    for start, stop in row_chunks(checkpoint.tensors[name].shape, BLOCK_ELEMENTS):
-        yield chooser.codes(_read(checkpoint, name, start, stop))
 
 
 def _read(checkpoint: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:

@@ -158,12 +158,13 @@ class LayerRun:
         weights = [self._original(f"{name}.weight") for name in CONSUMERS[point]]
         heads = self._heads if point == "attention_output" else None
         scale, report = search_scale(self.recipe, weights, statistics, self._precision(point), heads)
+        if report:
+            self.writer.add_report(f"model.layers.{self.index}.{point}", report)
         if scale is None:
             return statistics
         self._scales[point] = scale
         per_row = scale if heads is None else scale.reshape(heads)[:, 0].reshape(-1)
         self.writer.add_transform(ScaleInput(self.index, point, per_row))
-        self.writer.add_report(f"model.layers.{self.index}.{point}", report)
         return rescaled(statistics, scale)
 
     @property
@@ -201,7 +202,7 @@ class LayerRun:
             values = self._transformed(point, module)
             name = f"model.layers.{self.index}.{module}"
             if chooser.chooses:
-                blocks = list(chooser.blocks(values))
+                blocks = list(chooser.blocks(values.shape, rows_of(values)))
                 self.writer.add_codes(f"{name}.weight", blocks)
                 if chooser.report:
                     self.writer.add_report(name, chooser.report)
@@ -232,3 +233,8 @@ def _largest(so_far: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
     """Largest magnitude a channel: [K] of [n, S, K] and what came before."""
     amax = values.abs().amax((0, 1))
     return amax if so_far is None else torch.maximum(so_far, amax)
+
+
+def rows_of(values: np.ndarray) -> Callable[[int, int], np.ndarray]:
+    """Reads rows [start, stop) of a matrix in memory."""
+    return lambda start, stop: values[start:stop]

@@ -1,12 +1,13 @@
 """What a recipe does with the matrices of one point: statistics wanted, scale of the input, codes of the weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from calibration.algorithms import awq, gptq, smoothquant
 from calibration.observers import Observer
+from calibration.rtn import wants_tensor_amax
 from calibration.statistics import InputStatistics
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.weights import QuantizedRows, row_chunks
@@ -53,24 +54,34 @@ def search_scale(
     precision: Precision,
     heads: Heads | None = None,
 ) -> tuple[np.ndarray | None, Report]:
-    """The scale [K] that a point's input is divided by, and what was found; None where no algorithm looks for one.
+    """The scale [K] that a point's input is divided by, and what was found; None where none is wanted, or best.
 
-    With `heads`, query heads of one key-value head share their scale: it goes into the rows of v_proj.
+    With `heads`, query heads of one key-value head share their scale: it goes into the rows of v_proj. The report
+    has the parameter chosen, and the squared error that it leaves of that without a scale.
     """
     if not scales(recipe, precision):
         return None, {}
-    total, report = np.ones(len(statistics.amax), np.float32), {}
+    total = np.ones(len(statistics.amax), np.float32)
+    report: Report = {}
     seen = _shared_statistics(statistics, heads)
     if smooths(recipe, precision):
         smooth = smoothquant.search_scale(list(weights), seen, precision, recipe.options.smooth_alpha)
         total *= shared_scale(smooth.scale, heads)
         report["smoothquant_alpha"] = smooth.alpha
+        if smooth.losses:
+            report["smoothquant_error"] = _relative(min(smooth.losses), smooth.losses[0])
     if "awq" in recipe.algorithms:
         so_far = [values * total for values in weights] if report else list(weights)
         found = awq.search_scale(so_far, seen.scaled(total) if report else seen, precision)
         total *= shared_scale(found.scale, heads)
         report["awq_ratio"] = found.ratio
-    return total, report
+        report["awq_error"] = _relative(min(found.losses), found.losses[0])
+    return None if (total == 1).all() else total, report
+
+
+def _relative(error: float, before: float) -> float:
+    """What is left of an error; 1 where there was none."""
+    return error / before if before else 1.0
 
 
 def shared_scale(scale: np.ndarray, heads: Heads | None) -> np.ndarray:
@@ -122,8 +133,8 @@ class CodeChooser:
         self.precision = precision.weight_only
         self.statistics = statistics
         self.by_gptq = precision.is_coded and "gptq" in recipe.algorithms
-        clips = "awq" in recipe.algorithms and recipe.options.awq_clip and precision.bits <= 6
-        self.by_clip = precision.is_coded and not self.by_gptq and clips
+        clips = "awq" in recipe.algorithms and recipe.options.awq_clip and precision.is_integer
+        self.by_clip = clips and not self.by_gptq
         self._factor = None
         if self.by_gptq:
             assert statistics.hessian is not None
@@ -134,18 +145,25 @@ class CodeChooser:
         """Whether there are codes at all; without, weights are rounded to nearest."""
         return self.by_gptq or self.by_clip
 
-    def codes(self, values: np.ndarray) -> QuantizedRows:
-        """Codes of rows [n, K]."""
+    def codes(self, values: np.ndarray, tensor_amax: float | None = None) -> QuantizedRows:
+        """Codes of rows [n, K]; `tensor_amax` as calibration.rtn.quantize_rows wants it."""
         if self._factor is not None:
-            return gptq.quantize(values, self.precision, self._factor, self.recipe.options)
-        return awq.clipped(values, self.statistics, self.precision)
+            return gptq.quantize(values, self.precision, self._factor, self.recipe.options, tensor_amax)
+        return awq.clipped(values, self.statistics, self.precision, tensor_amax)
 
-    def blocks(self, values: np.ndarray) -> Iterator[QuantizedRows]:
-        """Codes of a matrix [N, K], as many rows at a time as memory allows."""
-        for start, stop in row_chunks(values.shape, BLOCK_ELEMENTS):
-            yield self.codes(values[start:stop])
+    def blocks(self, shape: tuple[int, ...], read: Callable[[int, int], np.ndarray]) -> Iterator[QuantizedRows]:
+        """Codes of a matrix [N, K], as many rows at a time as memory allows; `read(start, stop)` gives its rows."""
+        ranges = list(row_chunks(shape, BLOCK_ELEMENTS))
+        amax = None
+        if wants_tensor_amax(self.precision):
+            amax = max(float(np.abs(read(*part)).max()) for part in ranges)
+        for start, stop in ranges:
+            yield self.codes(read(start, stop), amax)
 
     @property
     def report(self) -> Report:
         """What the factorisation needed."""
-        return {} if self._factor is None else {"gptq_damping": self._factor.damping}
+        if self._factor is None:
+            return {}
+        dead = {"gptq_dead_channels": self._factor.dead} if self._factor.dead else {}
+        return {"gptq_damping": self._factor.damping, **dead}
