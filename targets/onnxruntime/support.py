@@ -14,7 +14,7 @@ def precision_support(precision: Precision) -> Support:
     """One precision of weights, whatever the model."""
     kind = precision.kind
     if kind in ("bf16", "fp16"):
-        return Support("emulated", f"weights are stored as {kind} and computed with in fp32")
+        return Support("emulated", f"{kind} weights become fp32 when the engine is loaded")
     if kind == "int6":
         return Support("emulated", "int6 codes are stored in 8 bits: they save nothing over int8")
     if kind in E2M1_KINDS:
