@@ -3,22 +3,16 @@
 from calibration.coverage import kernel_group
 from exporter.core.recipe import CHANNEL, INTEGER_BITS, Precision
 
-FLOATS_AS_INTEGERS = ("nvfp4", "mxfp4")
-"""E2M1 codes: twice their values are whole numbers, -12..12, and multiplied as such."""
+TABLED = ("nf4", "nvfp4", "mxfp4")
+"""4-bit codes that stand for whole numbers in a table, and are multiplied as those (kernels/levels.py)."""
+E2M1 = ("nvfp4", "mxfp4")
 ROW_SCALED = ("fp8", "nvfp4")
 """Stored with a float32 factor for each row."""
-WIDENED = {"nf4": "fp16"}
-"""Stored as a float kind, each value rounded to it."""
 
 
 def multiplies_integers(precision: Precision) -> bool:
     """Whether its matrices are multiplied by int8 activations; others are in float32."""
-    return precision.kind in (*INTEGER_BITS, *FLOATS_AS_INTEGERS)
-
-
-def stored_kind(precision: Precision) -> str:
-    """The kind that lies in the weights file."""
-    return WIDENED.get(precision.kind, precision.kind)
+    return precision.kind in (*INTEGER_BITS, *TABLED)
 
 
 def float_precision(kind: str) -> Precision:

@@ -14,11 +14,11 @@ from exporter.core.errors import UnsupportedError
 from exporter.core.recipe import BITS, Precision
 from exporter.core.weights import QuantizedRows
 from targets.tvm.formats import (
-    FLOATS_AS_INTEGERS,
+    E2M1,
     ROW_SCALED,
+    TABLED,
     multiplies_integers,
     stored_group,
-    stored_kind,
 )
 from targets.tvm.isa import Isa
 from targets.tvm.packing_float import STORAGE, pack_float, pack_fp8
@@ -59,8 +59,7 @@ class Layout:
 
     @property
     def kind(self) -> str:
-        """The kind of its stored values."""
-        return stored_kind(self.precision)
+        return self.precision.kind
 
     @property
     def group(self) -> int:
@@ -75,11 +74,6 @@ class Layout:
     def chunk(self) -> int:
         """Columns whose codes lie in the same vectors."""
         return {4: 8, 6: 16, 8: 4}[self.precision.bits]
-
-    @property
-    def levels(self) -> bool:
-        """Whether codes are E2M1: twice their values are the whole numbers that are multiplied."""
-        return self.precision.kind in FLOATS_AS_INTEGERS
 
     @property
     def vectors(self) -> int:
@@ -105,7 +99,7 @@ class Layout:
     @property
     def scale_bytes(self) -> int:
         """Bytes of a scale in a record: float16, or one byte, E4M3 of nvfp4 and E8M0 of mxfp4."""
-        return 1 if self.levels else 2
+        return 1 if self.kind in E2M1 else 2
 
     @property
     def zeros_at(self) -> int:
@@ -156,8 +150,8 @@ class Layout:
     def zero(self) -> int:
         """What a multiplied code exceeds its value by where the matrix is symmetric, else its value less the zero
         point."""
-        if self.levels:
-            return 12
+        if self.kind in TABLED:
+            return 12 if self.kind in E2M1 else self.int8_offset
         if self.precision.bits < 8:
             return 1 << (self.precision.bits - 1) if self.precision.symmetric else 0
         return self.int8_offset - (0 if self.precision.symmetric else 128)
@@ -191,19 +185,17 @@ class Layout:
             pack_float(self, rows, wanted, out, vectors)
         elif self.integers:
             pack_int(self, rows, wanted, out, vectors)
-        elif self.kind == "fp8":
-            pack_fp8(self, rows, wanted, out, vectors)
         else:
-            pack_float(self, rows.dequantize(), wanted, out, vectors)
+            pack_fp8(self, rows, wanted, out, vectors)
 
 
 def layout(precision: Precision, rows: int, width: int, isa: Isa, interleaved: bool = False) -> Layout:
     """How a matrix [rows, width] is packed for an ISA. Raises UnsupportedError when groups do not divide the width."""
     if (group := stored_group(precision, width)) == 0 or width % group:
-        whose = f"groups of {precision.group_size} do" if group else "no group of the kernels does"
+        whose = f"groups of {precision.group_size} do not divide" if group else "no group of the kernels divides"
         raise UnsupportedError(
             "tvm.group_size",
-            f"{whose} not divide a matrix of {width} columns",
+            f"{whose} a matrix of {width} columns",
             "choose a smaller --group-size" if group else "keep this matrix in a float precision",
         )
     if interleaved and rows % 2:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 
-from exporter.core.errors import UnsupportedError
 from exporter.core.weights import QuantizedRows
 from targets.tvm.packing_int import pack_factors
 from targets.tvm.packing_scales import HALF_BITS
@@ -20,19 +19,8 @@ _CAST = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.
 
 
 def pack_float(layout: "Layout", rows: np.ndarray, wanted: int, out: np.ndarray, vectors: slice) -> None:
-    """Float rows [n <= wanted, K] go into `vectors` (0..1) of out uint8 [blocks, block_bytes]; zeros behind them.
-
-    Raises UnsupportedError when a restored value is too large for the kind that it is stored in.
-    """
-    with np.errstate(over="ignore"):
-        values = np.ascontiguousarray(rows, dtype=_CAST[layout.kind])
-    if layout.kind != layout.precision.kind and not np.isfinite(values).all():
-        raise UnsupportedError(
-            "tvm.weight_overflow",
-            f"a weight of {float(np.abs(rows).max()):g} does not fit {layout.kind}, in which {layout.precision.kind} "
-            "is stored",
-            "keep this matrix in a float precision, or use target onnxruntime",
-        )
+    """Float rows [n <= wanted, K] go into `vectors` (0..1) of out uint8 [blocks, block_bytes]; zeros behind them."""
+    values = np.ascontiguousarray(rows, dtype=_CAST[layout.kind])
     _transposed(layout, values.view(STORAGE[layout.kind]), wanted, out, vectors)
 
 

@@ -41,7 +41,7 @@ def pack_factors(layout: "Layout", factors: np.ndarray, wanted: int, out: np.nda
 
 def _stored_scales(layout: "Layout", rows: QuantizedRows) -> tuple[np.ndarray, np.ndarray | None]:
     """Scales as they are stored [n, G], and the factors of rows [n] where there are any."""
-    if not layout.levels:
+    if layout.scale_bytes == 2:
         return _half(rows.scales), None
     scales = used_scales(rows)
     return row_factors(scales) if layout.row_scaled else (exponents(scales), None)

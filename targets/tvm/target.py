@@ -46,7 +46,7 @@ class TvmTarget:
         return {name: _version(package) for name, package in PACKAGES.items()}
 
     def supports(self, config: ModelConfig, recipe: Recipe) -> Support:
-        return support.recipe_support(recipe)
+        return support.recipe_support(config, recipe)
 
     def complete(self, recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
         return completed(recipe, unnamed)

@@ -1,10 +1,12 @@
 """Embedding lookup: single rows out of a packed matrix, so that a tied output head needs no second copy."""
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from exporter.core.number_formats import decode_table
 from exporter.core.recipe import Precision
-from targets.tvm.formats import float_precision
+from targets.tvm.formats import E2M1, TABLED, float_precision
 from targets.tvm.isa import Isa
 from targets.tvm.kernels.ir import Expr, Registers, arguments, broadcast, int_vector, kernel, load, size, store
 from targets.tvm.kernels.norm import few_or_many
@@ -12,7 +14,7 @@ from targets.tvm.kernels.vector import Vectors
 from targets.tvm.kernels.weight_scales import record_scales, row_factor
 from targets.tvm.packing import Layout, layout
 
-WORD = 4
+WORD, FLOATS = 4, "float32x4"
 """Columns whose codes lie side by side: an embedding row is read word by word."""
 
 
@@ -32,22 +34,32 @@ def embedding_int(isa: Isa, name: str, precision: Precision, rows: int, width: i
             lane, vector = T.bind(row % isa.lanes), T.bind(row % packed.step // isa.lanes)
             scales = Registers("float32", isa.lanes, 1)
             factor = row_factor(packed, weights, row)
+            table = _Values(packed) if packed.kind in TABLED else None
             with T.serial(0, packed.groups) as group:
                 record = T.bind(row // packed.step * packed.block_bytes + group * packed.record)
                 scales[0] = record_scales(Vectors(isa), packed, weights, record, vector)
                 scale = T.bind(scales.buffer[lane] * factor)
-                zero: Expr = 0 if packed.levels else packed.zero
+                zero: Expr = 0 if table else packed.zero
                 if not precision.symmetric:
                     stored = weights[record + packed.zeros_at + vector * isa.lanes + lane]
                     zero = T.bind(T.cast(stored, "int32") + packed.zero)
                 codes = T.bind(record + vector * packed.vector_bytes + lane * 4)
-                _group(packed, weights, codes, zero, scale, hidden, token * width + group * packed.group)
+                _group(packed, weights, codes, table, zero, scale, hidden, token * width + group * packed.group)
 
         few_or_many(tokens, one_row)
     return finished()
 
 
-def _group(packed: Layout, weights: Expr, codes: Expr, zero: Expr, scale: Expr, hidden: Expr, target: Expr) -> None:
+def _group(
+    packed: Layout,
+    weights: Expr,
+    codes: Expr,
+    table: "_Values | None",
+    zero: Expr,
+    scale: Expr,
+    hidden: Expr,
+    target: Expr,
+) -> None:
     """One row of one record: words of codes from `codes` on, values float32 to `target`."""
     with T.serial(0, packed.group // packed.chunk) as chunk:
         words = [
@@ -55,13 +67,32 @@ def _group(packed: Layout, weights: Expr, codes: Expr, zero: Expr, scale: Expr, 
             for number in range(packed.vectors)
         ]
         for number, part in enumerate(_stored_codes(packed, words)):
-            value = T.cast(part - broadcast(T.cast(zero, "int32"), WORD), f"float32x{WORD}") * broadcast(scale, WORD)
-            store(hidden, target + chunk * packed.chunk + number * WORD, value, WORD)
+            value = table.of(part) if table else T.cast(part - broadcast(T.cast(zero, "int32"), WORD), FLOATS)
+            store(hidden, target + chunk * packed.chunk + number * WORD, value * broadcast(scale, WORD), WORD)
+
+
+class _Values:
+    """What codes of a tabled kind stand for; made inside a kernel."""
+
+    def __init__(self, packed: Layout) -> None:
+        # Scales of E2M1 are stored for twice the values.
+        twice = 2 if packed.kind in E2M1 else 1
+        values = decode_table(packed.kind) * np.float32(twice)
+        self.table, self.held = Registers("float32", 1, len(values)), Registers("int32", WORD, 1)
+        self.found = Registers("float32", WORD, 1)
+        for code, value in enumerate(values):
+            self.table[code] = T.float32(float(value))
+
+    def of(self, codes: Expr) -> Expr:
+        """float32 x 4 of int32 x 4 codes."""
+        self.held[0] = codes
+        for number in range(WORD):
+            store(self.found.buffer, number, self.table.buffer[self.held.buffer[number]], 1)
+        return self.found[0]
 
 
 def _stored_codes(packed: Layout, words: list[Expr]) -> list[Expr]:
-    """Stored words of a chunk, uint8 x 4 each -> its codes as stored (E2M1: twice their values), four columns an
-    int32 x 4."""
+    """Stored words of a chunk, uint8 x 4 each -> its codes as stored, four columns an int32 x 4."""
     if packed.kind == "int8":
         stored = words[0] if packed.int8_offset else T.reinterpret("int8x4", words[0])
         return [T.cast(stored, f"int32x{WORD}")]
@@ -69,18 +100,9 @@ def _stored_codes(packed: Layout, words: list[Expr]) -> list[Expr]:
     nibbles = wide[1:] if packed.kind == "int6" else wide
     parts = [part for word in nibbles for part in (T.bitwise_and(word, _four(15)), T.shift_right(word, _four(4)))]
     if packed.kind != "int6":
-        return [_twice_e2m1(part) for part in parts] if packed.levels else parts
+        return parts
     upper = [T.bitwise_and(T.shift_right(wide[0], _four(2 * number)), _four(3)) for number in range(len(parts))]
     return [T.bitwise_or(part, T.shift_left(two, _four(4))) for part, two in zip(parts, upper, strict=True)]
-
-
-def _twice_e2m1(codes: Expr) -> Expr:
-    """Twice what E2M1 codes stand for: (2 + fraction) * 2^(exponent - 1), or the fraction where the exponent is 0."""
-    magnitude = T.bind(T.bitwise_and(codes, _four(7)))
-    fraction, exponent = T.bitwise_and(magnitude, _four(1)), T.shift_right(magnitude, _four(1))
-    normal = T.shift_left(T.bitwise_or(fraction, _four(2)), T.max(exponent - _four(1), _four(0)))
-    value = T.bind(T.Select(magnitude < _four(2), magnitude, normal))
-    return T.Select(codes < _four(8), value, _four(0) - value)
 
 
 def _four(value: int) -> Expr:

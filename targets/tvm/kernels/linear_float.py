@@ -80,10 +80,7 @@ class _Product:
             add(self.packed.width // CHAINS * CHAINS + chain, chain)
         for index in (0, 1):
             sums[index] = (sums[index] + sums[index + 2]) + (sums[index + 4] + sums[index + 6])
-            if self.packed.row_scaled:
-                sums[index] = sums[index] * block_factors(
-                    self.vectors, self.packed, self.tensors["weights"], block, index
-                )
+            sums[index] = self._scaled(sums[index], block, index)
         self.epilogue.write(self.tensors["y"], T.int64(0), block, sums, 0, self.tensors.get("bias"))
 
     def many_rows(self, m: Expr) -> None:
@@ -153,13 +150,18 @@ class _Product:
         finished = [Registers("float32", self.lanes, rows) for _ in range(2)]
         values = Registers("float32", self.lanes, 2)
         for vector in range(2):
-            factors = block_factors(self.vectors, self.packed, self.tensors["weights"], block, vector)
             for row in range(rows):
-                finished[vector][row] = sums[vector][row] * factors if self.packed.row_scaled else sums[vector][row]
+                finished[vector][row] = self._scaled(sums[vector][row], block, vector)
         with T.serial(0, count) as row:
             for vector in range(2):
                 values[vector] = load(finished[vector].buffer, row * self.lanes, self.lanes)
             self.epilogue.write(self.tensors["y"], first + row, block, values, 0, self.tensors.get("bias"))
+
+    def _scaled(self, sums: Expr, block: Expr, vector: int) -> Expr:
+        """Sums of one vector of rows of a block, times the factors of the rows where they have some."""
+        if not self.packed.row_scaled:
+            return sums
+        return sums * block_factors(self.vectors, self.packed, self.tensors["weights"], block, vector)
 
     def _weights(self, start: Expr, column: Expr, vector: int) -> Expr:
         at = start + column * self.columns + vector * self.lanes

@@ -27,7 +27,7 @@ from targets.tvm.kernels.ir import (
     prefetch,
     size,
 )
-from targets.tvm.kernels.levels import LARGEST, Levels
+from targets.tvm.kernels.levels import Table, largest_number, planes
 from targets.tvm.kernels.tile import rows_per_tile
 from targets.tvm.kernels.vector import Vectors
 from targets.tvm.kernels.weight_scales import block_factors, record_scales
@@ -89,36 +89,54 @@ class Product:
         self.isa, self.packed, self.epilogue, self.tensors = isa, packed, epilogue, tensors
         self.vectors, self.lanes, self.m, self.ahead = Vectors(isa), isa.lanes, m, ahead
         self.bits = packed.precision.bits
-        self.largest = LARGEST if packed.levels else (1 << self.bits) - 1
+        self.largest = largest_number(packed.kind)
         self.piece = min(packed.group, 32)  # columns that are unrolled
 
     def tile(self, rows: int, first: Expr, block: Expr) -> None:
         """y[first .. first + rows] of a block; `first` may be a TIR expression."""
-        packed, tensors = self.packed, self.tensors
+        packed = self.packed
         outputs = Registers("float32", self.lanes, 2 * rows)
         scales = Registers("float32", self.lanes, 2)
         # A single row has too few sums to keep the multipliers busy: every second word goes to a second set.
         chains = 2 if rows == 1 else 1
         sums = dots(self.isa, self.largest, 2 * rows * chains, 2)
-        levels = Levels(self.isa) if packed.levels else None
+        passes = [
+            (plane.factor, Table(self.isa, plane)) if plane else (1.0, None) for plane in planes(packed.kind, self.isa)
+        ]
         for index in range(2 * rows):
             outputs[index] = float_vector(0.0, self.lanes)
         with T.serial(0, packed.groups) as group:
             record = block * packed.block_bytes + group * packed.record
             at = first * packed.groups + group * rows
-            self._start(sums, rows, chains, record, at)
             words = first * (packed.width // 4) + group * (packed.group // 4 * rows)
-            self._pieces(sums, levels, rows, chains, record, words)
-            for vector in range(2):
-                scales[vector] = record_scales(self.vectors, packed, tensors["weights"], record, vector)
-            prefetch(tensors["weights"], record + packed.scales_at + self.ahead)
-            for index in range(2 * rows):
-                total = sums.total(index)
-                for chain in range(1, chains):
-                    total = total + sums.total(index + 2 * rows * chain)
-                stored = tensors["scales"][at + index // 2]
-                scale = scaled(self.vectors, stored, scales[index % 2], "bases" in tensors)
-                outputs[index] = self.vectors.fma(T.cast(total, self.vectors.float), scale, outputs[index])
+            for factor, table in passes:
+                self._start(sums, rows, chains, record, at)
+                self._pieces(sums, table, rows, chains, record, words)
+                self._load_scales(scales, record, factor)
+                self._add(sums, scales, outputs, rows, chains, at)
+        self._finish(outputs, scales, rows, first, block)
+
+    def _load_scales(self, scales: Registers, record: Expr, factor: float) -> None:
+        """The weight scales of a record, times a number."""
+        packed, weights = self.packed, self.tensors["weights"]
+        for vector in range(2):
+            found = record_scales(self.vectors, packed, weights, record, vector)
+            scales[vector] = found if factor == 1 else found * float_vector(factor, self.lanes)
+        prefetch(weights, record + packed.scales_at + self.ahead)
+
+    def _add(self, sums: Dots, scales: Registers, outputs: Registers, rows: int, chains: int, at: Expr) -> None:
+        """The sums of a group, times both scales, onto the outputs."""
+        for index in range(2 * rows):
+            total = sums.total(index)
+            for chain in range(1, chains):
+                total = total + sums.total(index + 2 * rows * chain)
+            stored = self.tensors["scales"][at + index // 2]
+            scale = scaled(self.vectors, stored, scales[index % 2], "bases" in self.tensors)
+            outputs[index] = self.vectors.fma(T.cast(total, self.vectors.float), scale, outputs[index])
+
+    def _finish(self, outputs: Registers, scales: Registers, rows: int, first: Expr, block: Expr) -> None:
+        """What is applied once at the end: bases of activations, factors of weights, the epilogue."""
+        packed, tensors = self.packed, self.tensors
         for vector in range(2 if packed.row_scaled else 0):
             scales[vector] = block_factors(self.vectors, packed, tensors["weights"], block, vector)
         for row in range(rows):
@@ -148,31 +166,31 @@ class Product:
             elif packed.zero:
                 sums.start(index, broadcast(total * -packed.zero, lanes))
 
-    def _pieces(self, sums: Dots, levels: Levels | None, rows: int, chains: int, record: Expr, words: Expr) -> None:
+    def _pieces(self, sums: Dots, table: Table | None, rows: int, chains: int, record: Expr, words: Expr) -> None:
         """All columns of a group, `piece` of them unrolled."""
         count = self.packed.group // self.piece
         if count == 1:
-            self._piece(sums, levels, rows, chains, record, words)
+            self._piece(sums, table, rows, chains, record, words)
             return
         with T.serial(0, count) as number:
             start = record + number * (self.piece // self.packed.chunk * self.packed.chunk_bytes)
-            self._piece(sums, levels, rows, chains, start, words + number * (self.piece // 4 * rows))
+            self._piece(sums, table, rows, chains, start, words + number * (self.piece // 4 * rows))
 
-    def _piece(self, sums: Dots, levels: Levels | None, rows: int, chains: int, start: Expr, words: Expr) -> None:
+    def _piece(self, sums: Dots, table: Table | None, rows: int, chains: int, start: Expr, words: Expr) -> None:
         """`piece` columns: stored words from `start` on, activations at `words`."""
         chunks = self.piece // self.packed.chunk
         if sums.unrolled or rows == 1 or rows * self.packed.chunk // 4 <= 2:
             for chunk in range(chunks):
-                self._chunk(sums, levels, rows, chains, start, words, chunk)
+                self._chunk(sums, table, rows, chains, start, words, chunk)
         else:
             # The bound is `chunks`, m being less than 2^40, but LLVM does not know it and so keeps the loop.
             sums.open()
             with T.serial(0, T.max(chunks, T.shift_right(self.m, T.int64(40)))) as chunk:
-                self._chunk(sums, levels, rows, chains, start, words, chunk)
+                self._chunk(sums, table, rows, chains, start, words, chunk)
         sums.close()
 
     def _chunk(
-        self, sums: Dots, levels: Levels | None, rows: int, chains: int, start: Expr, words: Expr, chunk: Expr
+        self, sums: Dots, table: Table | None, rows: int, chains: int, start: Expr, words: Expr, chunk: Expr
     ) -> None:
         """The columns of a chunk of both row vectors."""
         packed, steps, size = self.packed, self.packed.chunk // 4, self.packed.vector_bytes
@@ -186,7 +204,7 @@ class Product:
             for vector in range(2):
                 vectors = [stored[2 * number + vector] for number in range(packed.vectors)]
                 codes = unpacked(self.bits, vectors, self.lanes, part)
-                sums.weigh(vector, levels.of(codes) if levels else codes)
+                sums.weigh(vector, table.of(codes) if table else codes)
             step = chunk * steps + part
             for row in range(rows):
                 word = self.tensors["codes"][words + step * rows + row]

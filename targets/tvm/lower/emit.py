@@ -2,7 +2,7 @@
 
 from targets.base import ActivationRounding
 from targets.tvm.activations import activation_rounding, has_base
-from targets.tvm.formats import multiplies_integers, stored_group, stored_kind
+from targets.tvm.formats import multiplies_integers, stored_group
 from targets.tvm.lower.emit_attention import write_attention
 from targets.tvm.lower.program import Kernel, Size, Tensor
 from targets.tvm.lower.slice_lowering import SliceLowering
@@ -76,7 +76,7 @@ def _multiplier(low: SliceLowering, product: Product, epilogue: str) -> tuple[li
             raise low.refuse(f"{matrix.name} has {matrix.width} columns, no multiple of its groups of {group}")
         return [*quantized(low, product.x, group, rounding)], Kernel("linear_int", (precision, *shape))
     x = rounded_fp8(low, product.x) if rounding == "fp8-token" else activations(low, product.x)
-    return [x], Kernel("linear_float", (stored_kind(precision), *shape))
+    return [x], Kernel("linear_float", (precision.kind, *shape))
 
 
 def rounded_fp8(low: SliceLowering, value: Lowered) -> Tensor:

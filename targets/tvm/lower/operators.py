@@ -6,7 +6,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from exporter.core.canonical import CheckpointWeight
-from targets.tvm.formats import multiplies_integers, stored_kind
+from targets.tvm.formats import multiplies_integers
 from targets.tvm.lower import attention
 from targets.tvm.lower.checks import check_attributes, check_inputs, constant_integers, is_last_axis
 from targets.tvm.lower.emit import write_product
@@ -187,7 +187,7 @@ def _embed(low: SliceLowering, table: WeightRef) -> Stream:
     if multiplies_integers(weight.precision):
         kernel = Kernel("embedding_int", (weight.precision.weight_only, rows, width))
     else:
-        kernel = Kernel("embedding_float", (stored_kind(weight.precision), rows, width))
+        kernel = Kernel("embedding_float", (weight.precision.kind, rows, width))
     stored = low.weight(Matrix(table.name, weight, rows, width))
     low.call(kernel, [low.parameters["ids"], stored], written=(low.parameters["hidden"],))
     return low.stream

@@ -3,12 +3,14 @@
 import ml_dtypes
 import numpy as np
 
+from exporter.core.number_formats import NF4_LEVELS
 from exporter.core.recipe import CHANNEL, Precision
 from targets.tvm.isa import Isa
 
 FACTOR = np.float32(2.0**-10)
 """Of the rows of random nvfp4 matrices: their scales are E4M3 numbers times this."""
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+TABLED = ("nf4", "nvfp4", "mxfp4")
 
 
 def record_group(precision: Precision, width: int) -> int:
@@ -52,7 +54,7 @@ def pack_records(
     interleaved: bool = False,
 ) -> np.ndarray:
     """Codes int32 [N, K], scales [N, G], zero points [N, G] -> the byte stream."""
-    group, lanes, levels = record_group(precision, codes.shape[1]), isa.lanes, precision.kind in ("nvfp4", "mxfp4")
+    group, lanes, levels = record_group(precision, codes.shape[1]), isa.lanes, precision.kind in TABLED
     repeats = codes.shape[1] // group // scales.shape[1]
     scales, zeros = np.repeat(scales, repeats, axis=1), None if zeros is None else np.repeat(zeros, repeats, axis=1)
     if levels:
@@ -119,6 +121,8 @@ def random_codes(precision: Precision, rows: int, width: int) -> tuple[np.ndarra
     if precision.kind == "mxfp4":
         return codes, np.exp2(random.integers(-12, 3, (rows, groups))).astype(np.float32), None
     scales = random.uniform(0.001, 0.02, (rows, groups)).astype(np.float16).astype(np.float32)
+    if precision.kind == "nf4":
+        return codes, scales, None
     if precision.symmetric:
         return codes - levels // 2, scales, None
     return codes, scales, random.integers(0, levels, (rows, groups)).astype(np.int32)
@@ -126,8 +130,10 @@ def random_codes(precision: Precision, rows: int, width: int) -> tuple[np.ndarra
 
 def decoded(precision: Precision, codes: np.ndarray) -> np.ndarray:
     """What codes stand for before zero points and scales."""
-    if precision.kind not in ("nvfp4", "mxfp4"):
+    if precision.kind not in TABLED:
         return codes
+    if precision.kind == "nf4":
+        return np.array(NF4_LEVELS, np.float32)[codes]
     return np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7])
 
 

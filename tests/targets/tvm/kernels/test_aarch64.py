@@ -29,6 +29,8 @@ CASES = {
     "int6": (test_linear_int, "test_sums_are_exact", (Precision("int6", 32),)),
     "nvfp4": (test_linear_int, "test_sums_are_exact", (Precision("nvfp4", 16),)),
     "mxfp4": (test_linear_int, "test_sums_are_exact", (Precision("mxfp4", 32),)),
+    "nf4": (test_linear_int, "test_nf4_is_multiplied_by_its_levels_in_16_bits", (64,)),
+    "embedding-nf4": (test_embedding, "test_integer_rows_are_exact", (Precision("nf4", 64),)),
     "channel": (test_linear_int, "test_scales_of_rows", (Precision("int8", CHANNEL, activations="int8/token"), 96)),
     "int8": (test_linear_int, "test_sums_are_exact", (Precision("int8", 32),)),
     "int8-asymmetric": (test_linear_int, "test_sums_are_exact", (Precision("int8", 32, False),)),

@@ -26,6 +26,7 @@ PRECISIONS = [
     Precision("int4", CHANNEL, symmetric=False),
     Precision("nvfp4", 16),
     Precision("mxfp4", 32),
+    Precision("nf4", 64),
 ]
 
 

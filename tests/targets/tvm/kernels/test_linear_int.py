@@ -10,6 +10,7 @@ from targets.tvm.kernels.tile import rows_per_tile
 from tests.targets.tvm.kernels.calls import all_profiles, outside_calls
 from tests.targets.tvm.kernels.native import aligned, compiled, every_profile
 from tests.targets.tvm.kernels.packed_weights import (
+    TABLED,
     decoded,
     dequantized,
     pack_records,
@@ -91,8 +92,10 @@ class Matrix:
         if self.zeros is not None:
             self.zeros[...] = np.where(turns % 3, 0, levels - 1)
 
-    def times(self, x: Activations) -> np.ndarray:
-        groups = decoded(self.precision, self.codes).astype(np.float64).reshape(*self.scales.shape, -1)
+    def times(self, x: Activations, unit: int = 0) -> np.ndarray:
+        """With `unit`, what codes stand for is rounded to parts of it."""
+        values = decoded(self.precision, self.codes).astype(np.float64)
+        groups = (np.rint(values * unit) / unit if unit else values).reshape(*self.scales.shape, -1)
         if self.zeros is not None:
             groups = groups - self.zeros[..., None]
         groups = (groups * self.scales[..., None]).reshape(len(groups), *x.groups.shape[1:])
@@ -188,6 +191,26 @@ def test_long_rows(isa: Isa, precision: Precision) -> None:
     np.testing.assert_allclose(expected, floats, rtol=1e-9)
 
 
+@every_profile
+@pytest.mark.parametrize("group", [16, 64, 256])
+def test_nf4_is_multiplied_by_its_levels_in_16_bits(isa: Isa, group: int) -> None:
+    """Exact sums of whole numbers, round(32512 * level); their products with scales are rounded. A level is off by at
+    most half of 1 / 32512 of the group's largest weight."""
+    precision, rows, width = Precision("nf4", group), 2 * isa.lanes + 3, 256
+    matrix = Matrix(isa, precision, rows, width)
+    run = compiled(linear_int(isa, "nf4", precision, rows, width, "plain", False), isa)
+    for count in row_counts(isa):
+        x, y = (
+            Activations(isa, count, width, precision, count == 2),
+            aligned(np.full((count, rows), np.nan, np.float32)),
+        )
+        run(*x.packed, matrix.packed, y)
+        magnitudes = np.einsum("mgk,ng,mg->mn", np.abs(x.groups), matrix.scales.astype(np.float64), x.scales)
+        assert (np.abs(y - matrix.times(x)) <= 0.5 / 32512 * magnitudes).all()
+        whole = matrix.times(x, 32512)
+        assert np.linalg.norm(y - whole) <= 3e-7 * np.linalg.norm(whole)
+
+
 @all_profiles
 @pytest.mark.parametrize(
     "precision",
@@ -197,6 +220,7 @@ def test_long_rows(isa: Isa, precision: Precision) -> None:
         Precision("int8", 64, False),
         Precision("nvfp4", 16),
         Precision("mxfp4", 32),
+        Precision("nf4", 64),
     ],
     ids=Precision.describe,
 )
@@ -206,7 +230,7 @@ def test_instructions(isa: Isa, precision: Precision) -> None:
     assert outside_calls(function, isa) == set()
     text = assembly(function, isa)
     assert DOT_PRODUCTS[isa.dot] in text
-    assert (TABLES[isa.machine] in text) == (precision.kind in ("nvfp4", "mxfp4"))
+    assert (TABLES[isa.machine] in text) == (precision.kind in TABLED)
 
 
 def assembly(function: object, isa: Isa) -> str:

@@ -1,7 +1,5 @@
 """The product's packing writes the format that kernels are tested with."""
 
-from dataclasses import replace
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ PRECISIONS = [
     Precision("int8", CHANNEL, activations="int8/token"),
     Precision("int4", CHANNEL, False),
     Precision("mxfp4", 32),
+    Precision("nf4", 32),
 ]
 
 
@@ -113,23 +112,3 @@ def test_scales_of_another_form_are_refused(kind, scale, words) -> None:
     with pytest.raises(UnsupportedError, match=words) as error:
         packed.pack(0, 1, lambda start, stop: source)
     assert error.value.kind == "tvm.scales"
-
-
-def test_nf4_lies_as_float16() -> None:
-    random, precision, isa = np.random.default_rng(4), Precision("nf4", 64), PROFILES["x86-64-v3"]
-    source = QuantizedRows(
-        random.integers(0, 16, (20, 64)).astype(np.uint8),
-        random.lognormal(size=(20, 1)).astype(np.float32),
-        None,
-        precision,
-    )
-    packed = layout(precision, 20, 64, isa)
-    result = packed.pack(0, packed.blocks, lambda start, stop: replace_rows(source, start, stop))
-    np.testing.assert_array_equal(result.view(np.float16), pack_floats(isa, source.dequantize().astype(np.float16)))
-    source.scales[3] = 1e6
-    with pytest.raises(UnsupportedError, match=r"does not fit fp16, in which nf4 is stored"):
-        packed.pack(0, packed.blocks, lambda start, stop: replace_rows(source, start, stop))
-
-
-def replace_rows(source: QuantizedRows, start: int, stop: int) -> QuantizedRows:
-    return replace(source, codes=source.codes[start:stop], scales=source.scales[start:stop])

@@ -22,7 +22,8 @@ def test_nothing_outside_is_called(isa: Isa) -> None:
         quantize(isa, "quantize", 80, 16, rounding="token"),
         embedding_int(isa, "embedding_int", Precision("int4", 32, symmetric=False), 40, 64),
         *(embedding_float(isa, "embedding_float", kind, 40, 64) for kind in ("fp32", "bf16", "fp16", "fp8")),
-        embedding_int(isa, "embedding_levels", Precision("nvfp4", 16), 40, 64),
+        embedding_int(isa, "embedding_nvfp4", Precision("nvfp4", 16), 40, 64),
+        embedding_int(isa, "embedding_nf4", Precision("nf4", 16), 40, 64),
         round_fp8(isa, "round_fp8", 45),
     ]
     assert [outside_calls(kernel, isa) for kernel in kernels] == [set()] * len(kernels)
