@@ -10,7 +10,8 @@ from calibration.insert_precision import apply_recipe
 from exporter.core.canonical import CanonicalModel, CheckpointWeight, Slice
 from exporter.core.checker import check_canonical
 from exporter.core.errors import BudgetError
-from exporter.core.recipe import Precision, Recipe
+from exporter.core.recipe import CHANNEL, TENSOR, Precision, Recipe
+from exporter.core.rounded_input import match_rounded_input
 from tests.support.canonical_llama import canonical_llama
 from tests.support.tiny import SHAPES
 from tests.support.traced import tiny_config
@@ -24,12 +25,23 @@ PRECISIONS = {
     "int6": Precision("int6", 32),
     "int4": Precision("int4", 32),
     "int4 asymmetric": Precision("int4", 32, symmetric=False),
+    "int8 channel": Precision("int8", CHANNEL),
+    "fp8": Precision("fp8", TENSOR),
+    "nf4": Precision("nf4", 64),
+    "nvfp4": Precision("nvfp4", 16),
+    "mxfp4": Precision("mxfp4", 32),
+    "w8a8": Precision("int8", CHANNEL, activations="int8/token"),
+    "w8a8 static": Precision("int8", CHANNEL, activations="int8/tensor"),
+    "fp8 dynamic": Precision("fp8", CHANNEL, activations="fp8/token"),
+    "fp8 static": Precision("fp8", TENSOR, activations="fp8/tensor"),
 }
+SCALES = {f"model.layers.{i}.{name}": 0.01 for i in range(2) for name in CONFIG.linear_shapes} | {"lm_head": 0.01}
 
 
 def model(precision: str = "fp32") -> CanonicalModel:
     chosen = PRECISIONS[precision]
-    return apply_recipe(canonical_llama(CONFIG, 64), Recipe("test", chosen, chosen, chosen), CONFIG)
+    recipe = Recipe("test", chosen, chosen, chosen.weight_only)
+    return apply_recipe(canonical_llama(CONFIG, 64), recipe, CONFIG, SCALES)
 
 
 def node(piece: Slice, kind: str) -> ir.Node:
@@ -211,6 +223,115 @@ def test_damaged_quantization_is_named(damage: Callable[[CanonicalModel], None],
     with pytest.raises(BudgetError, match="layer 0 is not canonical") as caught:
         check_canonical(m, CONFIG)
     assert reason in caught.value.message
+
+
+def other_group(m: CanonicalModel) -> None:
+    node(m.layers[0], "DequantizeLinear").attributes["block_size"] = ir.AttrInt64("block_size", 16)
+
+
+def test_blocks_of_another_size_than_stored_are_named() -> None:
+    m = model("int4 asymmetric")
+    other_group(m)
+    with pytest.raises(BudgetError, match="not dequantized in blocks of 32"):
+        check_canonical(m, CONFIG)
+
+
+def table_exchanged(m: CanonicalModel) -> None:
+    """The codes of one kind, looked up in the levels of another."""
+    for name, each in m.head.weights.items():
+        if isinstance(each, CheckpointWeight) and each.precision.kind == "nvfp4":
+            m.head.weights[name] = CheckpointWeight(each.sources, Precision("nf4", 16))
+
+
+def table_unscaled(m: CanonicalModel) -> None:
+    graph = m.head.structure.graph
+    product = next(each for each in graph if each.op_type == "Mul")
+    flat = next(iter(product.outputs[0].uses())).node
+    flat.replace_input_with(0, product.inputs[0])
+
+
+def table_scaled_twice(m: CanonicalModel) -> None:
+    graph = m.head.structure.graph
+    scales = value(m.head, "lm_head.weight.scales")
+    graph.append(ir.node("Cast", [scales], attributes={"to": ir.DataType.FLOAT}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (table_exchanged, "is looked up in e2m1 by 16, stored as nf4/g16"),
+        (table_unscaled, "do not meet as a table weight's do"),
+        (table_scaled_twice, "do not meet as a table weight's do"),
+    ],
+)
+def test_damaged_table_weights_are_named(damage: Callable[[CanonicalModel], None], reason: str) -> None:
+    m = model("nvfp4")
+    damage(m)
+    with pytest.raises(BudgetError, match="head is not canonical") as caught:
+        check_canonical(m, CONFIG)
+    assert "'lm_head.weight'" in caught.value.message and reason in caught.value.message
+
+
+def rounding_dropped(m: CanonicalModel) -> None:
+    product = node(m.head, "MatMul")
+    found = match_rounded_input(product.inputs[0])
+    assert found is not None
+    product.replace_input_with(0, found.source)
+    m.head.structure.graph.remove(list(reversed(found.nodes)), safe=True)
+
+
+def rounding_not_asked(m: CanonicalModel) -> None:
+    weight = m.head.weights["lm_head.weight"]
+    assert isinstance(weight, CheckpointWeight)
+    m.head.weights["lm_head.weight"] = CheckpointWeight(weight.sources, weight.precision.weight_only)
+
+
+def rounding_elsewhere(m: CanonicalModel) -> None:
+    """Quantized and dequantized on the way into the norm."""
+    norm = node(m.head, "RMSNormalization")
+    hidden = norm.inputs[0]
+    found = match_rounded_input(node(m.head, "MatMul").inputs[0])
+    assert found is not None and hidden is not None
+    magnitude = ir.node("Abs", [hidden])
+    m.head.structure.graph.insert_before(norm, magnitude)
+    norm.replace_input_with(0, magnitude.outputs[0])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (rounding_dropped, "the input of 'lm_head.weight' is rounded to nothing, not to int8/token"),
+        (rounding_not_asked, "the input of 'lm_head.weight' is rounded to int8/token, not to nothing"),
+        (rounding_elsewhere, "rounds no input of a matrix"),
+    ],
+)
+def test_damaged_roundings_are_named(damage: Callable[[CanonicalModel], None], reason: str) -> None:
+    m = model("w8a8")
+    damage(m)
+    with pytest.raises(BudgetError, match="head is not canonical") as caught:
+        check_canonical(m, CONFIG)
+    assert reason in caught.value.message
+
+
+def test_a_scale_of_another_input_is_named() -> None:
+    m = model("fp8 static")
+    layer = m.layers[0]
+    wrong = value(layer, "mlp.down_proj.weight.input_scale")
+    for user, index in tuple(value(layer, "self_attn.o_proj.weight.input_scale").uses()):
+        user.replace_input_with(index, wrong)
+    with pytest.raises(
+        BudgetError, match=r"'self_attn.o_proj.weight' has the scale 'mlp.down_proj.weight.input_scale'"
+    ):
+        check_canonical(m, CONFIG)
+
+
+def test_large_float_constants_are_weights_inside() -> None:
+    m = model("nf4")
+    graph = m.head.structure.graph
+    levels = next(each for each in graph.initializers.values() if "levels" in (each.name or ""))
+    levels.const_value = ir.tensor(np.zeros(17, np.float32))
+    with pytest.raises(BudgetError, match=r"levels.nf4' \(FLOAT \[17\]\) is not a small constant"):
+        check_canonical(m, CONFIG)
 
 
 def test_half_precision_passes_through_a_cast() -> None:
