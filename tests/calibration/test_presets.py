@@ -8,7 +8,7 @@ import pytest
 
 from calibration.presets import PRESETS, load_recipe, parse_precision, preset, read_recipe
 from exporter.core.errors import InputError
-from exporter.core.recipe import Precision, Recipe
+from exporter.core.recipe import TENSOR, Precision, Recipe, all_precisions
 
 INT4, INT8 = Precision("int4", 32), Precision("int8", 32)
 
@@ -55,12 +55,32 @@ def test_head_and_embedding_are_overridden_and_inherit_the_group_size() -> None:
     assert recipe.lm_head == INT8 and recipe.embedding == Precision("bf16") and recipe.linear == Precision()
 
 
-@pytest.mark.parametrize("text", ["int4/g32", "int8/g32", "int6/g128", "int4/g128/asym", "bf16", "fp32", "fp16"])
-def test_describe_writes_what_precision_reads(text: str) -> None:
-    assert parse_precision(text).describe() == text
+@pytest.mark.parametrize("precision", all_precisions(), ids=Precision.describe)
+def test_describe_writes_what_precision_reads(precision: Precision) -> None:
+    assert parse_precision(precision.describe()) == precision
 
 
-BAD = "int5, ,int4/,int4/32,int4/g,int4/g-32,int4/g33,int4/g32/g32,int4/sym,bf16/g32,int6/asym".replace(" ", "")
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("int4", Precision("int4", 64)),
+        ("int4/asym", Precision("int4", 64, symmetric=False)),
+        ("nf4", Precision("nf4", 64)),
+        ("fp8", Precision("fp8", TENSOR)),
+        ("nvfp4", Precision("nvfp4", 16)),
+        ("mxfp4/g32", Precision("mxfp4", 32)),
+        ("int8+int8/token", Precision("int8", 64, activations="int8/token")),
+    ],
+)
+def test_a_precision_without_its_group(text: str, expected: Precision) -> None:
+    assert parse_precision(text, 64) == expected
+
+
+BAD = (
+    "int5, ,int4/,int4/32,int4/g,int4/g-32,int4/g33,int4/g32/g32,int4/sym,bf16/g32,int6/asym,int4/tensor,fp8/g32,"
+    "nvfp4/g32,mxfp4/channel,nf4/asym,int8/channel/g32,int8+,int8+int8,int8+fp8/token,nf4+int8/token,bf16+int8/token,"
+    "int8/token,fp8/channel+fp8"
+).replace(" ", "")
 
 
 @pytest.mark.parametrize("text", BAD.split(","))
@@ -68,6 +88,38 @@ def test_bad_precisions(text: str) -> None:
     with pytest.raises(InputError) as caught:
         load_recipe("int4-rtn", lm_head=text)
     assert caught.value.exit_code == 2 and caught.value.remedy
+
+
+def test_rotation_is_an_option_of_integer_recipes() -> None:
+    for name in ("int4-rtn", "int4-awq", "int8-weight", "w4a8", "int8-smoothquant"):
+        recipe = load_recipe(name, rotate=True)
+        assert recipe.algorithms == ("rotate", *preset(name).algorithms) and recipe.calibrated
+        assert recipe.needs_data == preset(name).needs_data
+    for name in ("fp32", "bf16", "nf4", "fp8", "nvfp4"):
+        with pytest.raises(InputError, match=f"'{name}' runs rotate") as caught:
+            load_recipe(name, rotate=True)
+        assert caught.value.exit_code == 2
+
+
+NEEDING_TEXT = {"int8-smoothquant", "int4-awq", "int4-gptq", "w4a8", "fp8", "auto"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_say_what_they_cost_and_need(name: str) -> None:
+    listed = PRESETS[name]
+    assert listed.needs == ("calibration text" if name in NEEDING_TEXT else "nothing")
+    assert listed.recipe.calibrated == (name in NEEDING_TEXT)
+    found = re.fullmatch(r"([\d.]+) bits a weight(?:, lm_head ([\d.]+), embedding ([\d.]+))?", listed.costs)
+    assert found is not None
+    linear = float(found[1])
+    assert listed.recipe.linear.bits <= linear <= listed.recipe.linear.bits + 2
+
+
+def test_calibrated_presets_round_and_store_like_their_plain_ones() -> None:
+    plain = preset("int4-rtn")
+    for name in ("int4-awq", "int4-gptq"):
+        assert replace(preset(name), name=plain.name, algorithms=()) == plain
+    assert preset("w4a8").linear.weight_only == plain.linear
 
 
 def test_kv_cache() -> None:
