@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from exporter.core.recipe import FLOAT_KINDS, Precision
+from exporter.core.recipe import CHANNEL, FLOAT_KINDS, Precision, all_precisions
 from targets.registry import get_target
-from tests.targets.tvm.kernels.packed_rows import quantized, quantized_with_exponents
+from tests.targets.tvm.kernels.packed_rows import quantized, quantized_by_token, quantized_with_exponents
 
 
 @pytest.mark.parametrize("group, symmetric", [(16, True), (32, False), (256, True)])
@@ -14,6 +14,17 @@ def test_int4_shares_exponents_and_int8_has_a_scale_for_each_group(group: int, s
     four, eight = (Precision(kind, group, symmetric) for kind in ("int4", "int8"))
     assert (tvm(four), tvm(eight)) == ("shared-exponent", "group")
     assert (onnxruntime(four), onnxruntime(eight)) == ("group", "group")
+
+
+def test_what_a_recipe_asks_for_has_one_scale_a_token() -> None:
+    tvm = get_target("tvm").activation_rounding
+    asked = {precision.describe(): tvm(precision) for precision in all_precisions() if precision.activations}
+    assert {how for name, how in asked.items() if "+int8" in name} == {"token"}
+    assert {how for name, how in asked.items() if "+fp8" in name} == {"fp8-token"}
+    assert {tvm(Precision(kind, group)) for kind, group in (("nf4", 64), ("nvfp4", 16), ("mxfp4", 32))} == {
+        "shared-exponent"
+    }
+    assert tvm(Precision("fp8", CHANNEL)) is None
 
 
 @pytest.mark.parametrize("kind", FLOAT_KINDS)
@@ -39,3 +50,8 @@ def test_parity_rounds_as_kernels_do(group: int) -> None:
     scales = np.ldexp(bases[:, None], shifts >> 23)
     expected = (codes.reshape(40, -1, group) * scales[..., None]).reshape(x.shape)
     np.testing.assert_array_equal(round_activations(torch.from_numpy(x), group, "shared-exponent").numpy(), expected)
+    codes, _, _, bases = quantized_by_token(x, group)
+    found = round_activations(torch.from_numpy(x), group, "token").numpy()
+    # Parity divides, kernels multiply by a reciprocal: another rounding of float32.
+    expected = codes * np.ldexp(bases, 32)[:, None]
+    np.testing.assert_allclose(found, expected, rtol=2e-7, atol=2.0**-79)

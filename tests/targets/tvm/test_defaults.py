@@ -3,7 +3,7 @@
 import pytest
 
 from calibration.presets import PRESETS, load_recipe, preset
-from exporter.core.recipe import Precision, Recipe
+from exporter.core.recipe import CHANNEL, Precision, Recipe
 from targets.registry import get_target
 
 TVM = get_target("tvm")
@@ -30,6 +30,20 @@ def test_heads_of_4_bits_become_one_table_of_6(name, group):
 
 
 @pytest.mark.parametrize(
+    ("head", "six"),
+    [
+        (Precision("int4", CHANNEL, activations="int8/token"), Precision("int6", 32, activations="int8/token")),
+        (Precision("nf4", 64), Precision("int6", 64)),
+        (Precision("nvfp4", 16), Precision("int6", 16)),
+        (Precision("mxfp4", 32), Precision("int6", 32)),
+    ],
+)
+def test_other_heads_of_4_bits_too(head, six):
+    recipe = TVM.complete(Recipe("r", head, head, INT8), EVERYTHING)
+    assert (recipe.linear, recipe.lm_head, recipe.embedding) == (head, six, six.weight_only)
+
+
+@pytest.mark.parametrize(
     "named", [{"lm_head": "int4"}, {"embedding": "int8"}, {"lm_head": "int8", "embedding": "int4"}]
 )
 def test_named_parts_and_other_recipes_stay(named, tmp_path):
@@ -41,7 +55,7 @@ def test_named_parts_and_other_recipes_stay(named, tmp_path):
         assert (found.linear, found.lm_head, found.embedding) == (plain.linear, plain.lm_head, plain.embedding)
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "int8-weight"])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "int8-weight", "int8-smoothquant", "fp8", "nvfp4", "mxfp4"])
 def test_other_heads_stay(name):
     recipe = preset(name)
     assert TVM.complete(recipe, EVERYTHING - {"kv_cache"}) == recipe

@@ -2,16 +2,21 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import onnx_ir as ir
 import pytest
 
 from exporter.core.canonical import CanonicalModel, RotaryTable, Slice
 from exporter.core.errors import UnsupportedError
-from exporter.core.recipe import Precision
+from exporter.core.recipe import CHANNEL, Precision, Recipe, all_precisions
+from exporter.core.rounded_input import match_rounded_input
+from exporter.core.table_weight import match_table_weight
+from targets.base import BuildSource
+from targets.tvm.activations import activation_rounding
 from targets.tvm.lower.program import LoweredModel, Program
 from tests.support.tiny import SHAPES
-from tests.targets.engines import RECIPES
+from tests.targets.engines import RECIPES, build_source
 from tests.targets.test_lowering import damaged, interleave, node_of, other_past, set_attribute
 from tests.targets.tvm.builds import lowered, tvm_source
 
@@ -209,6 +214,84 @@ def test_a_graph_that_says_another_precision_than_its_weights_is_refused(tiny_ch
     layers = [Slice(part.kind, 0, part.structure, weights), source.model.layers[1]]
     with pytest.raises(UnsupportedError, match="is dequantized with axis"):
         lowered(source, model=CanonicalModel(source.model.embedding, layers, source.model.head))
+
+
+W8A8 = Precision("int8", CHANNEL, activations="int8/token")
+CODED = [Precision("nf4", 16), Precision("nvfp4", 16), Precision("mxfp4", 32), Precision("int4", CHANNEL), W8A8]
+
+
+def coded_source(checkpoint: Path, precision: Precision) -> BuildSource:
+    return build_source(checkpoint, Recipe("r", precision, precision, precision.weight_only))
+
+
+@pytest.mark.parametrize("precision", CODED, ids=Precision.describe)
+def test_codes_are_multiplied_as_integers(tiny_checkpoint, precision):
+    layer = lowered(coded_source(tiny_checkpoint("gqa"), precision)).layers[0].program
+    assert kernels(layer) == INTEGER
+    group = {"int8": 64, "int4": 64}.get(precision.kind, precision.group_size)
+    assert layer.calls[0].kernel.arguments[1] == group
+    assert layer.calls[0].kernel.arguments[-1] == activation_rounding(precision)
+    assert layer.calls[1].kernel.arguments[0] == precision
+
+
+@pytest.mark.parametrize("precision", [p for p in all_precisions() if p.kind == "fp8"], ids=Precision.describe)
+def test_fp8_is_multiplied_as_floats(tiny_checkpoint, precision):
+    """Inputs are rounded where the recipe says so, once for all matrices that read them."""
+    model = lowered(coded_source(tiny_checkpoint("gqa"), precision))
+    wanted = []
+    for name in FLOAT:
+        wanted += ["round_fp8", name] if name == "linear_float" and precision.activations else [name]
+    assert kernels(model.layers[0].program) == wanted
+    assert model.layers[0].program.calls[-1].kernel.arguments[0] == "fp8"
+
+
+def without_rounding(structure: ir.Model) -> None:
+    product = node_of(structure, "MatMul")
+    product.replace_input_with(0, match_rounded_input(product.inputs[0]).source)
+
+
+def other_table(structure: ir.Model) -> None:
+    weight = next(match for node in structure.graph if (match := match_table_weight(node.outputs[0])))
+    levels = weight.nodes[1].inputs[0]
+    levels.const_value = ir.tensor(levels.const_value.numpy() * 2, name=levels.name)
+
+
+def scales_of_another(structure: ir.Model) -> None:
+    found = [match for node in structure.graph if (match := match_table_weight(node.outputs[0]))]
+    found[1].nodes[3].replace_input_with(0, found[0].scales)
+
+
+def wider_groups(structure: ir.Model) -> None:
+    weight = next(match for node in structure.graph if (match := match_table_weight(node.outputs[0])))
+    other = ir.Value(name="other_shape", const_value=ir.tensor([0, -1, 32], name="other_shape"))
+    structure.graph.register_initializer(other)
+    weight.nodes[2].replace_input_with(1, other)
+
+
+NF4 = Precision("nf4", 16)
+CODED_REFUSED = {
+    "no rounding": (W8A8, without_rounding, "is rounded to nothing, its recipe says int8/token"),
+    "coarser codes": (W8A8, set_attribute("QuantizeLinear", "output_dtype", int(ir.DataType.INT4)), "unknown|rounded"),
+    "another table": (NF4, other_table, "Gather from|Cast of"),
+    "another scale": (NF4, scales_of_another, "of another weight"),
+    "other groups": (NF4, wider_groups, "in groups of 32, stored as"),
+}
+
+
+@pytest.mark.parametrize("name", CODED_REFUSED)
+def test_codes_and_roundings_of_another_form_are_refused(tiny_checkpoint, name):
+    precision, damage, words = CODED_REFUSED[name]
+    source = coded_source(tiny_checkpoint("gqa"), precision)
+    with pytest.raises(UnsupportedError, match=words) as error:
+        lowered(source, model=damaged(source.model, 1, damage))
+    assert error.value.kind == "tvm.lowering"
+
+
+def test_head_and_embedding_share_a_table_whatever_is_asked_of_the_input(tiny_checkpoint):
+    source = coded_source(tiny_checkpoint("tied"), W8A8)
+    model = lowered(source)
+    assert model.embedding.stored[0].key == model.head.stored[-1].key
+    assert model.embedding.stored[0].weight != model.head.stored[-1].weight
 
 
 def test_epsilon_and_scale_come_from_the_graph(tiny_checkpoint):
