@@ -8,7 +8,7 @@ import pytest
 
 from calibration import half_scales, rtn
 from calibration.rtn import absmax_rows, quantize_rows
-from exporter.core.recipe import GROUP_SIZES, Precision
+from exporter.core.recipe import CHANNEL, GROUP_SIZES, Precision
 
 FLOAT32_MAX = np.finfo(np.float32).max
 WAYS = [("int4", True), ("int4", False), ("int6", True), ("int8", True), ("int8", False)]
@@ -96,6 +96,31 @@ def test_close_to_an_exhaustive_search(kind: str, size: int, symmetric: bool) ->
     best = (exhaustive_symmetric if symmetric else exhaustive_asymmetric)(values, size)
     restored = quantize_rows(values, Precision("int4", size, symmetric)).dequantize()
     assert np.sum((values.astype(np.float64) - restored) ** 2) <= 1.025 * best.sum()
+
+
+@pytest.mark.parametrize(("precision", "symmetric"), [way for way in WAYS if way[0] != "int6"])
+@pytest.mark.parametrize("width", [512, 176, 75])
+def test_one_scale_a_row_is_a_group_as_wide(precision: str, symmetric: bool, width: int) -> None:
+    """Widths that no power of two divides, too: minimum and maximum are those of the row."""
+    values = weights("heavy", width)
+    rows = quantize_rows(values, Precision(precision, CHANNEL, symmetric))
+    assert rows.scales.shape == (64, 1) and rows.codes.shape == values.shape
+    plain = absmax_rows(values, Precision(precision, CHANNEL, symmetric))
+    low, high = np.minimum(values.min(1), 0), np.maximum(values.max(1), 0)
+    top = 2.0 ** (8 if precision == "int8" else 4) - 1
+    expected = (high - low) / top if not symmetric else np.abs(values).max(1) / (top // 2)
+    np.testing.assert_allclose(plain.scales[:, 0], expected, rtol=2.0**-10)
+    errors = [group_errors(values, each.dequantize(), width) for each in (rows, plain)]
+    assert (errors[0] <= errors[1] + ROUNDING).all()
+
+
+@pytest.mark.parametrize("kind", ["gauss", "heavy", "laplace"])
+def test_rows_are_clipped_farther_than_groups(kind: str) -> None:
+    """On rows of 2048 within 2.5 % of an exhaustive search, as groups are; heavy tails go beyond that one's steps."""
+    values = weights(kind, 2048, rows=16)
+    best = exhaustive_symmetric(values, 2048).sum()
+    restored = quantize_rows(values, Precision("int4", CHANNEL)).dequantize()
+    assert np.sum((values.astype(np.float64) - restored) ** 2) <= 1.025 * best
 
 
 def test_int6_takes_all_codes_and_off_the_squared_error() -> None:
