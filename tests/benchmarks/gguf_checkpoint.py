@@ -1,11 +1,14 @@
 """A Llama checkpoint as a GGUF file in float16, for llama-quantize. Runs in the peers' environment (package gguf).
 
-python gguf_checkpoint.py CHECKPOINT OUT.gguf
+python gguf_checkpoint.py CHECKPOINT OUT.gguf [--exact]
+
+`--exact` stores float32 and a byte-level BPE tokenizer, for llama-imatrix and for weights that float16 cannot hold.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +50,28 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{NAMES['.'.join(part)]}.{kind}"
 
 
-def write(checkpoint: Path, out: Path) -> None:
+def add_tokenizer(writer: Any, checkpoint: Path) -> None:
+    """A byte-level BPE vocabulary split by GPT-2's pattern, as tokenizer.json of the example has it."""
+    import gguf
+
+    stored = json.loads((checkpoint / "tokenizer.json").read_text())
+    config = json.loads((checkpoint / "config.json").read_text())
+    vocabulary = {**stored["model"]["vocab"], **{token["content"]: token["id"] for token in stored["added_tokens"]}}
+    special = {token["id"] for token in stored["added_tokens"] if token["special"]}
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    kinds = [gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in stored["model"]["merges"]])
+    eos = config["eos_token_id"]
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
+    writer.add_add_bos_token(False)
+
+
+def write(checkpoint: Path, out: Path, exact: bool = False) -> None:
     import gguf
     from safetensors import safe_open
 
@@ -68,8 +92,11 @@ def write(checkpoint: Path, out: Path) -> None:
     writer.add_rope_freq_base(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(1)
+    if exact:
+        add_tokenizer(writer, checkpoint)
+    else:
+        writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(0 if exact else 1)
     for path in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -77,7 +104,7 @@ def write(checkpoint: Path, out: Path) -> None:
                 if "q_proj" in name or "k_proj" in name:
                     tensor = interleaved(tensor, heads if "q_proj" in name else kv_heads)
                 array = tensor.numpy()
-                writer.add_tensor(gguf_name(name), array if array.ndim == 1 else array.astype(np.float16))
+                writer.add_tensor(gguf_name(name), array if array.ndim == 1 or exact else array.astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -85,4 +112,9 @@ def write(checkpoint: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--exact", action="store_true")
+    arguments = parser.parse_args()
+    write(arguments.checkpoint, arguments.out, arguments.exact)

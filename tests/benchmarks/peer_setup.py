@@ -1,9 +1,10 @@
-"""The peers of the TVM engines: llama.cpp built for this machine, OpenVINO GenAI in an environment of its own.
+"""The peers of engines and recipes: llama.cpp built for this machine, others in environments of their own.
 
     python -m tests.benchmarks.peer_setup --work DIR
 
 llama.cpp comes from the sources inside the `llama-cpp-python` source package; building takes a C++ compiler, CMake
-and some minutes. OpenVINO gets its own environment, since its exporter wants another transformers.
+and some minutes. OpenVINO gets its own environment, since its exporter wants another transformers; so do modelopt and
+llm-compressor together.
 """
 
 import argparse
@@ -16,7 +17,8 @@ LLAMA_CPP_PYTHON = "0.3.36"
 OPENVINO = ["torch==2.13.0", "openvino-genai==2026.4.*", "optimum-intel[openvino]==2.2.0", "gguf==0.19.0"]
 CMAKE = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF"]
 CMAKE += ["-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF"]
-PROGRAMS = ["llama-bench", "llama-quantize", "llama-perplexity"]
+PROGRAMS = ["llama-bench", "llama-quantize", "llama-perplexity", "llama-imatrix"]
+QUANTIZERS = ["nvidia-modelopt==0.47.0", "llmcompressor==0.14.0.1", "torch==2.13.0"]
 
 
 def llama_cpp(work: Path) -> Path:
@@ -46,6 +48,15 @@ def openvino(work: Path) -> Path:
     return python
 
 
+def quantizers(work: Path) -> Path:
+    """The Python interpreter of an environment with modelopt and llm-compressor, made if need be."""
+    python = work / "quantizers" / "bin" / "python"
+    if not python.exists():
+        _run([sys.executable, "-m", "venv", str(work / "quantizers")])
+        _run([str(python), "-m", "pip", "install", "-q", *QUANTIZERS])
+    return python
+
+
 def _run(command: list[str]) -> None:
     print("+", " ".join(command), flush=True)
     subprocess.run(command, check=True)
@@ -56,7 +67,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     work = parser.parse_args().work
     work.mkdir(parents=True, exist_ok=True)
-    print(llama_cpp(work), openvino(work), sep="\n")
+    print(llama_cpp(work), openvino(work), quantizers(work), sep="\n")
 
 
 if __name__ == "__main__":
