@@ -1,6 +1,7 @@
 """The Python API: the same power as the command line, as typed functions. Imported lazily by `enginesmith`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,21 +50,14 @@ def build(
     tune_minutes: float = 0.0,
     tuning: AnyPath | None = None,
     qparams: AnyPath | None = None,
-    calibration: AnyPath | None = None,
-    calibration_tokens: int | None = None,
-    seed: int = 0,
-    target_bits: float | None = None,
-    target_bytes: int | None = None,
-    max_kl: float | None = None,
-    rotate: bool = False,
-    work_dir: AnyPath | None = None,
+    calibration: "AnyPath | CalibrationRequest | None" = None,
     report: AnyPath | None = None,
     progress: Progress | None = None,
 ) -> "BuildOutcome":
     """Build a verified engine from a checkpoint directory; see `BuildOptions` for the options.
 
-    A recipe that needs text takes `calibration`, a file to calibrate on, or `qparams`, what `calibrate` wrote; `seed`
-    and the options after it are those of `CalibrationRequest`.
+    A recipe that needs text takes `calibration`, a file to calibrate on (or a `CalibrationRequest`, which can say
+    more), or `qparams`, what `calibrate` wrote.
 
     Raises InputError, UnsupportedError, ParityError (with its report) or BudgetError; then nothing
     is left under `out`.
@@ -87,23 +81,20 @@ def build(
         parity=parity,
         text=_path(text),
         device=DeviceOptions(device, mtriple, mcpu, tuple(mattr), tune_minutes, Path(tuning) if tuning else None),
-        calibration=CalibrationRequest(
-            qparams=_path(qparams),
-            text=_path(calibration),
-            tokens=calibration_tokens,
-            seed=seed,
-            target_bits=target_bits,
-            target_bytes=target_bytes,
-            max_kl=max_kl,
-            rotate=rotate,
-            work_dir=_path(work_dir),
-        ),
+        calibration=_request(qparams, calibration),
     )
     return build_with(options, report=_path(report), progress=progress)
 
 
 def _path(path: AnyPath | None) -> Path | None:
     return None if path is None else Path(path)
+
+
+def _request(qparams: AnyPath | None, calibration: "AnyPath | CalibrationRequest | None") -> CalibrationRequest:
+    """Parameters or text; a request that is ready may be given where text alone says too little."""
+    if isinstance(calibration, CalibrationRequest):
+        return replace(calibration, qparams=_path(qparams) or calibration.qparams)
+    return CalibrationRequest(qparams=_path(qparams), text=_path(calibration))
 
 
 def build_with(
@@ -144,12 +135,7 @@ def plan(
     mcpu: str | None = None,
     mattr: Sequence[str] = (),
     qparams: AnyPath | None = None,
-    calibration: AnyPath | None = None,
-    calibration_tokens: int | None = None,
-    target_bits: float | None = None,
-    target_bytes: int | None = None,
-    max_kl: float | None = None,
-    rotate: bool = False,
+    calibration: "AnyPath | CalibrationRequest | None" = None,
 ) -> Plan:
     """Forecast a build from the config alone; the options are those of `build`. With `qparams` it says which matrices
     take their codes from that file."""
@@ -168,15 +154,7 @@ def plan(
             min_coverage=min_coverage,
             parity=parity,
             device=DeviceOptions(device, mtriple, mcpu, tuple(mattr)),
-            calibration=CalibrationRequest(
-                qparams=_path(qparams),
-                text=_path(calibration),
-                tokens=calibration_tokens,
-                target_bits=target_bits,
-                target_bytes=target_bytes,
-                max_kl=max_kl,
-                rotate=rotate,
-            ),
+            calibration=_request(qparams, calibration),
         )
     )
 

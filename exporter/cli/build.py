@@ -101,31 +101,7 @@ def build(
     """Trace, fuse, quantize, compile, verify and package a checkpoint."""
     refuse_extra(context.args, _option_names(context))
     _require_generate(task)
-    goal = parse_size(target_bytes) if target_bytes else None
-    request = CalibrationRequest(
-        qparams, calibration, calibration_tokens, seed, target_bits, goal, max_kl, rotate, work_dir
-    )
-    options = BuildOptions(
-        checkpoint=checkpoint,
-        out=out,
-        target=target,
-        recipe=recipe,
-        force=force,
-        tracer=tracer,
-        max_seq_len=max_seq_len,
-        max_batch=max_batch,
-        group_size=group_size,
-        lm_head=lm_head,
-        embedding=embedding,
-        kv_cache=kv_cache,
-        min_coverage=min_coverage,
-        threads=threads,
-        max_ram=parse_size(max_ram) if max_ram else None,
-        parity=not no_parity,
-        device=DeviceOptions(device, mtriple, mcpu, parse_features(mattr), tune, tuning),
-        calibration=request,
-    )
-    _build(options, report, progress, context.obj)
+    _build(_options(context.params), report, progress, context.obj)
 
 
 def _build(options: BuildOptions, report: Path | None, style: str, output: Output) -> None:
@@ -178,33 +154,56 @@ def plan(
     _require_generate(task)
     from exporter import api
 
-    goal = parse_size(target_bytes) if target_bytes else None
-    options = BuildOptions(
-        checkpoint=checkpoint,
-        out=Path(),
-        target=target,
-        recipe=recipe,
-        tracer=tracer,
-        max_seq_len=max_seq_len,
-        max_batch=max_batch,
-        group_size=group_size,
-        lm_head=lm_head,
-        embedding=embedding,
-        kv_cache=kv_cache,
-        min_coverage=min_coverage,
-        parity=not no_parity,
-        max_ram=parse_size(max_ram) if max_ram else None,
-        device=DeviceOptions(device, mtriple, mcpu, parse_features(mattr)),
-        calibration=CalibrationRequest(
-            qparams, calibration, calibration_tokens, seed, target_bits, goal, max_kl, rotate
-        ),
-    )
-    planned = api.plan_with(options)
+    planned = api.plan_with(_options(context.params))
     output: Output = context.obj
     output.result(planned.to_json(), planned.describe())
     if planned.blocker:
         print(f"error: {planned.blocker.message}\n  what to do: {planned.blocker.remedy}", file=sys.stderr)
         raise typer.Exit(planned.blocker.exit_code)
+
+
+def _options(given: dict[str, Any]) -> BuildOptions:
+    """The options of both commands from their parameters by name; what `plan` lacks has its default."""
+    plain = ("target", "recipe", "tracer", "max_seq_len", "max_batch", "group_size", "lm_head", "embedding", "kv_cache")
+    return BuildOptions(
+        checkpoint=Path(given["checkpoint"]),
+        out=_path(given.get("out")) or Path(),
+        force=given.get("force", False),
+        min_coverage=given["min_coverage"],
+        threads=given.get("threads", 0),
+        max_ram=_size(given["max_ram"]),
+        parity=not given["no_parity"],
+        device=_device(given),
+        calibration=_calibration(given),
+        **{name: given[name] for name in plain},
+    )
+
+
+def _device(given: dict[str, Any]) -> DeviceOptions:
+    features, tuning = parse_features(given["mattr"]), _path(given.get("tuning"))
+    return DeviceOptions(given["device"], given["mtriple"], given["mcpu"], features, given.get("tune", 0.0), tuning)
+
+
+def _calibration(given: dict[str, Any]) -> CalibrationRequest:
+    return CalibrationRequest(
+        qparams=_path(given["qparams"]),
+        text=_path(given["calibration"]),
+        tokens=given["calibration_tokens"],
+        seed=given["seed"],
+        target_bits=given["target_bits"],
+        target_bytes=_size(given["target_bytes"]),
+        max_kl=given["max_kl"],
+        rotate=given["rotate"],
+        work_dir=_path(given.get("work_dir")),
+    )
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _size(given: str | None) -> int | None:
+    return parse_size(given) if given else None
 
 
 def _require_generate(task: str) -> None:

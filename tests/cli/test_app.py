@@ -48,7 +48,7 @@ def test_help_lists_every_command_of_the_contract(capfd: pytest.CaptureFixture[s
         (["plan", EXAMPLE, "--target", "tvm", "--recipe", "int4-rtn", "--target-bits", "4"], 2, "usage.goal"),
         (["plan", EXAMPLE, "--target", "tvm", "--recipe", "auto"], 2, "usage.goal"),
         (["plan", EXAMPLE, "--target", "tvm", "--recipe", "int4-rtn", "--calibration", "f"], 2, "usage.calibration"),
-        (["plan", EXAMPLE, "--target", "tvm", "--recipe", "bf16", "--rotate"], 2, "recipe.rotate"),
+        (["plan", EXAMPLE, "--target", "tvm", "--recipe", "bf16", "--rotate"], 2, "recipe.algorithms"),
         (["build", EXAMPLE, "--target", "tvm", "--out", "y", "--recipe", "int4-gptq"], 2, "recipe.needs_data"),
         (["build", EXAMPLE, "--target", "onnxruntime", "--out", "y", "--kv-cache", "int8"], 2, "recipe.needs_data"),
         (["plan", EXAMPLE, "--target", "tvm", "--qparams", "no-such-file"], 2, "qparams.missing"),
