@@ -217,6 +217,14 @@ def test_the_documents_example_is_a_recipe(tmp_path: Path) -> None:
     assert recipe.lm_head == Precision("int8", 64) and recipe.embedding == Precision("bf16")
 
 
+def test_the_documents_second_example_has_layers_of_their_own(tmp_path: Path) -> None:
+    examples = re.findall(r"```toml\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
+    recipe = load_recipe(write(tmp_path / "layers.toml", examples[1]))
+    assert recipe.algorithms == ("gptq",) and recipe.options.damping == 0.02
+    assert recipe.layer_precision(0, "mlp.up_proj") == recipe.layer_precision(5, "mlp.down_proj") == INT8
+    assert recipe.layer_precision(5, "mlp.up_proj") == INT4
+
+
 def test_int6_has_no_zero_points(tmp_path: Path) -> None:
     """A kind without them leaves those of its base behind; asking for them is an error."""
     six = write(tmp_path / "six.toml", 'base = "int4-rtn-asym"\n[lm_head]\nkind = "int6"\n')
