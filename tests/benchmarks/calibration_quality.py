@@ -1,7 +1,8 @@
 """Our recipes beside llm-compressor, modelopt and llama.cpp: divergence from the eager model, and bits per weight.
 
     python -m tests.benchmarks.calibration_quality examples/stdlib-llama --work DIR
-        [--windows 16] [--group 32 128] [--recipes NAME ...] [--models plain variant] [--peers] [--methods NAME ...]
+        [--windows 16] [--group 32 128] [--recipes NAME ...] [--models plain variant]
+        [--peers llama.cpp quantizers] [--methods NAME ...]
 
 Two models: the checkpoint, and its variant with outlier channels (outlier_variant.py), which is the same function. All
 tools see the same sequences of training text, `calibration` in DIR/tokens.npz; all are measured on the same windows of
@@ -128,7 +129,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, nargs="*", default=[32, 128])
     parser.add_argument("--recipes", nargs="*", help="rows of ours, as the table names them; default: all")
     parser.add_argument("--models", nargs="*", default=["plain", "variant"])
-    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--peers", nargs="+", choices=["llama.cpp", "quantizers"], default=[])
     parser.add_argument("--methods", nargs="*", help="rows of llm-compressor and modelopt; default: all")
     arguments = parser.parse_args()
     work: Path = arguments.work
@@ -139,10 +140,11 @@ def main() -> None:
     for label in arguments.models:
         kept = f"{label}-{arguments.windows}"
         found = our_rows(models[label], Rows(work / f"ours-{kept}.jsonl"), chosen, tokens, work)
-        if arguments.peers:
+        if "llama.cpp" in arguments.peers:
             programs = peer_setup.llama_cpp(work / "programs").resolve()
             files = calibration_llama.LlamaFiles(models[label], work, programs, label)
             found += llama_rows(files, Rows(work / f"llama-{kept}.jsonl"), tokens)
+        if "quantizers" in arguments.peers:
             python = peer_setup.quantizers(work / "programs")
             found += peer_rows(python, models[label], tokens, work / f"peers-{kept}.jsonl", arguments.methods)
         table += [table_row(label, row) for row in found]
