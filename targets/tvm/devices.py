@@ -111,7 +111,7 @@ def _described(options: DeviceOptions, host: str) -> Device:
     machine = _machine_of(options.mtriple, options.mcpu, host)
     mcpu = options.mcpu or ("generic" if machine == "aarch64" else "x86-64-v2")
     if mcpu not in CPUS or CPUS[mcpu].machine != machine:
-        known = {name for name, cpu in CPUS.items() if cpu.machine == machine}
+        known = sorted(name for name, cpu in CPUS.items() if cpu.machine == machine)
         raise InputError("device.mcpu", f"--mcpu {mcpu!r} is not a known {machine} CPU", _choices(known))
     found = cpuinfo_names(machine, llvm_features(machine, mcpu, options.mattr))
     isa = best_profile(machine, found.__contains__)

@@ -22,7 +22,6 @@ RANGES = {
     "tile_rows": (0, 8, 1),
     "chunk": (32, 512, 32),
     "queries": (24, 1024, 8),
-    "attention_integers": (0, 1, 1),
 }
 
 
@@ -32,9 +31,7 @@ class Tuning:
 
     `prefetch`: bytes of the weight stream asked for ahead (4 to 12 KB make little difference).
     `tile_rows`: rows of a tile of integer products, 0 for the profile's own. `chunk`: tokens of one step of a prompt
-    at most. `queries`: rows of a task of prompt attention. `attention_integers`: 1 lets it multiply 16-bit integers
-    where the CPU has VNNI: faster for long prompts, but a prompt then rounds otherwise than single tokens do, which
-    moves 8-bit activations across rounding boundaries: parity may refuse the engine. No search turns it on.
+    at most. `queries`: rows of a task of prompt attention.
     Raises InputError when a value is out of range.
     """
 
@@ -42,7 +39,6 @@ class Tuning:
     tile_rows: int = 0
     chunk: int = 512
     queries: int = 192
-    attention_integers: int = 0
 
     def __post_init__(self) -> None:
         for name, (least, most, step) in RANGES.items():

@@ -21,7 +21,7 @@ def attention(
     that 2^(q.k) are the weights. What cache cells beyond hold does not matter. A token of no segment keeps its y.
     ValueError when kv_heads does not divide heads.
     """
-    plan = Plan.of(isa, heads, kv_heads, head_dim, kind, bool(tuning.attention_integers))
+    plan = Plan.of(isa, heads, kv_heads, head_dim, kind)
     tokens, count, rows, blocks = size("tokens"), size("segment_count"), size("rows"), size("blocks")
     scales = ("key_scale", "value_scale") if plan.kind.scaled else ()
     with kernel(name) as finished:

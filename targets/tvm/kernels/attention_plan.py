@@ -22,14 +22,13 @@ class Plan:
     kv_heads: int
     head_dim: int
     kind: CacheKind
-    integers: bool = False
 
     @classmethod
-    def of(cls, isa: Isa, heads: int, kv_heads: int, head_dim: int, kind: str, integers: bool = False) -> "Plan":
+    def of(cls, isa: Isa, heads: int, kv_heads: int, head_dim: int, kind: str) -> "Plan":
         """ValueError when the kv heads do not divide the heads."""
         if heads % kv_heads:
             raise ValueError(f"{heads} query heads cannot share {kv_heads} key and value heads evenly")
-        return cls(isa, heads, kv_heads, head_dim, cache_kind(kind), integers)
+        return cls(isa, heads, kv_heads, head_dim, cache_kind(kind))
 
     @property
     def group(self) -> int:
@@ -57,12 +56,6 @@ class Plan:
     def tile_rows(self) -> int:
         """Rows of a tile of prefill: two vectors wide, it fills the accumulators."""
         return self.accumulators // 2
-
-    @property
-    def short(self) -> bool:
-        """Whether prefill multiplies 16-bit integers, if asked to: VNNI sums two products a lane."""
-        fits = self.isa.dot == "vnni" and self.kind.name != "fp32" and self.head_dim % 2 == 0
-        return self.integers and fits
 
     @property
     def decode_batches(self) -> list[tuple[int, int]]:

@@ -5,15 +5,13 @@ group). Each block of keys and values is brought once per task into the form tha
 the second-level cache, so memory does not grow with the context. Blocks after a tile's last position are skipped.
 """
 
-from collections.abc import Callable
-
 from tvm.script.ir_builder import tirx as T
 
-from targets.tvm.kernels.attention_keys import FloatScores, ShortScores
+from targets.tvm.kernels.attention_keys import BlockScores
 from targets.tvm.kernels.attention_plan import LOWEST, Operands
 from targets.tvm.kernels.attention_softmax import Softmax
 from targets.tvm.kernels.attention_tiles import State
-from targets.tvm.kernels.attention_values import FloatValues, ShortValues
+from targets.tvm.kernels.attention_values import BlockValues
 from targets.tvm.kernels.cache_format import BLOCK
 from targets.tvm.kernels.ir import Expr, float_vector, load, store
 
@@ -47,13 +45,10 @@ class _Task:
     def __init__(self, operands: Operands, tokens: int) -> None:
         self.operands, self.plan, plan = operands, operands.plan, operands.plan
         rows = -(-tokens * plan.group // plan.tile_rows) * plan.tile_rows
-        self.scores = (ShortScores if plan.short else FloatScores)(operands, rows, KEYS)
+        self.scores = BlockScores(operands, rows, KEYS)
         self.state = State(plan, rows + plan.lanes)
-        self.softmax = Softmax(plan, self.state, KEYS, short=False)
-        self.values = FloatValues(operands, KEYS)
-        if plan.short:
-            self.short_softmax = Softmax(plan, self.state, KEYS, short=True, scores=self.softmax.scores)
-            self.short_values = ShortValues(operands, KEYS)
+        self.softmax = Softmax(plan, self.state, KEYS)
+        self.values = BlockValues(operands, KEYS)
 
     def run(self, segment: Expr, first: Expr, tokens: Expr, head: Expr) -> None:
         """Tokens first to first + tokens of a segment, the query heads of one kv head."""
@@ -68,36 +63,19 @@ class _Task:
             start = T.bind(block * KEYS)
             count = T.bind(T.min(before + tokens - start, T.int64(KEYS)))
             self.scores.pack_keys(T.bind(lane + start), (count + (BLOCK - 1)) // BLOCK)
-            self._pack_values(start, lane + start, count)
+            self.values.pack(lane + start, count)
             with T.serial(0, tiles) as tile:
                 # What the first row sees of this block, before its own position is counted.
                 seen = T.bind(before - start + 1)
                 last = T.min((tile * plan.tile_rows + (plan.tile_rows - 1)) // plan.group, tokens - 1)
                 visible = T.bind(T.min(count, seen + last))
                 with T.If(visible > 0), T.Then():
-                    self._tile(T.bind(tile * plan.tile_rows), start, visible, count, seen)
+                    self._tile(T.bind(tile * plan.tile_rows), visible, count, seen)
         with T.serial(0, tokens) as token, T.serial(0, plan.group) as query:
             target = ((begin + first + token) * plan.heads + head * plan.group + query) * plan.head_dim
             self.state.write(operands.y, target, token * plan.group + query)
 
-    def _pack_values(self, start: Expr, position: Expr, count: Expr) -> None:
-        self._either(
-            start == 0, lambda: self.values.pack(position, count), lambda: self.short_values.pack(position, count)
-        )
-
-    def _either(self, condition: Expr, exact: Callable[[], None], short: Callable[[], None]) -> None:
-        """Values of the first block are summed as float32: trained models give the first position nearly all of the
-        weight, and integers would leave nothing of its neighbours."""
-        if not self.plan.short:
-            exact()
-            return
-        with T.If(condition):
-            with T.Then():
-                exact()
-            with T.Else():
-                short()
-
-    def _tile(self, first: Expr, start: Expr, visible: Expr, count: Expr, seen: Expr) -> None:
+    def _tile(self, first: Expr, visible: Expr, count: Expr, seen: Expr) -> None:
         """Rows first, first + 1, ... against the `visible` first of the block's `count` positions."""
         plan = self.plan
         blocks = T.bind((visible + (BLOCK - 1)) // BLOCK)
@@ -105,16 +83,8 @@ class _Task:
             self.scores.score(first, block, self.softmax)
         with T.If(blocks * BLOCK > seen + first // plan.group), T.Then():
             self._mask(first, blocks * plan.block_vectors, count, seen)
-
-        def sum_values(softmax: Softmax, values: FloatValues | ShortValues) -> None:
-            softmax.weigh(first, blocks * plan.block_vectors)
-            values.gather(first, visible, softmax)
-
-        self._either(
-            start == 0,
-            lambda: sum_values(self.softmax, self.values),
-            lambda: sum_values(self.short_softmax, self.short_values),
-        )
+        self.softmax.weigh(first, blocks * plan.block_vectors)
+        self.values.gather(first, visible, self.softmax)
 
     def _mask(self, first: Expr, vectors: Expr, count: Expr, seen: Expr) -> None:
         """Positions that a row does not see count for nothing."""

@@ -26,9 +26,9 @@ Multiply = Callable[[Expr, Expr, Expr], Expr]
 class Sums:
     """`rows` x `columns` vectors that accumulate, one group of registers a column."""
 
-    def __init__(self, lanes: int, rows: int, columns: int, dtype: str = "float32") -> None:
+    def __init__(self, lanes: int, rows: int, columns: int) -> None:
         self.lanes, self.rows, self.columns = lanes, rows, columns
-        self.groups = [Registers(dtype, lanes, rows) for _ in range(columns)]
+        self.groups = [Registers("float32", lanes, rows) for _ in range(columns)]
 
     def fill(self, first: Callable[[int, int], Expr]) -> None:
         """Every vector starts as first(row, column)."""

@@ -7,8 +7,6 @@ from targets.tvm.kernels.ir import Expr, float_vector, int_vector, intrinsic, lo
 
 # 2^f on [-1/2, 1/2], relative error below 3e-7 (Taylor coefficients ln(2)^n / n!).
 EXP2 = (1.0, 0.69314718056, 0.24022650696, 0.05550410866, 0.00961812911, 0.00133335581, 0.00015403530)
-# 2^f on [-1/2, 1/2], relative error below 8e-5; for weights that are rounded further (minimax).
-EXP2_COARSE = (0.99992807356, 0.69326098595, 0.24261112199, 0.055171666414)
 LOG2_E = 1.4426950408889634
 
 
@@ -90,15 +88,3 @@ class Vectors:
             value = self.fma(value, rest, float_vector(coefficient, self.lanes))
         exponent = T.shift_left(T.cast(whole, self.int) + int_vector(127, self.lanes), int_vector(23, self.lanes))
         return value * T.reinterpret(self.float, exponent)
-
-
-def exp2_coarse(vectors: Vectors, x: Expr) -> Expr:
-    """2^x for any x of at most 127, on AVX-512, to be rounded further; 0 far below -126. Name `x`."""
-    whole = T.bind(vectors.rint(x))
-    rest = T.bind(x - whole)
-    value = float_vector(EXP2_COARSE[-1], vectors.lanes)
-    for coefficient in reversed(EXP2_COARSE[:-1]):
-        value = vectors.fma(value, rest, float_vector(coefficient, vectors.lanes))
-    value = T.bind(value)
-    name, every_lane, current_rounding = ("llvm.x86.avx512.mask.scalef.ps.512", T.uint16(0xFFFF), T.int32(4))
-    return intrinsic(vectors.float, name, value, whole, value, every_lane, current_rounding)

@@ -272,7 +272,7 @@ NF4 = Precision("nf4", 16)
 CODED_REFUSED = {
     "no rounding": (W8A8, without_rounding, "is rounded to nothing, its recipe says int8/token"),
     "coarser codes": (W8A8, set_attribute("QuantizeLinear", "output_dtype", int(ir.DataType.INT4)), "unknown|rounded"),
-    "another table": (NF4, other_table, "Gather from|Cast of"),
+    "another table": (NF4, other_table, "Cast has to = 6"),
     "another scale": (NF4, scales_of_another, "of another weight"),
     "other groups": (NF4, wider_groups, "in groups of 32, stored as"),
 }
