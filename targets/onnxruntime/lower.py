@@ -49,7 +49,7 @@ def lower(
 
 
 def _lower_embedding(graph: EngineGraph, weights: WeightFile, part: Slice, step: StepInputs) -> ir.Value:
-    low = SliceLowering(graph, weights, part, "")
+    low = SliceLowering(graph, weights, part, "", step.tokens)
     low.bind({"input_ids": step.input_ids})
     for node in part.structure.graph:
         lower_node(low, node)
@@ -70,7 +70,7 @@ def _lower_layer(
     index = part.index
     names = (f"past_key_values.{index}.{which}" for which in ("key", "value"))
     key, value = (graph.input(name, cache.dtype, shape) for name in names)
-    low = SliceLowering(graph, weights, part, f"layers.{index}.")
+    low = SliceLowering(graph, weights, part, f"layers.{index}.", step.tokens)
     low.bind({"hidden": hidden, "past_key": key, "past_value": value})
     if step.standard:
         low.bind({**step.standard})
@@ -110,7 +110,7 @@ def _lower_with_fused_attention(low: SliceLowering, cache: CacheInputs) -> None:
 def _lower_head(
     graph: EngineGraph, weights: WeightFile, part: Slice, step: StepInputs, hidden: Lowered, config: ModelConfig
 ) -> None:
-    low = SliceLowering(graph, weights, part, "")
+    low = SliceLowering(graph, weights, part, "", step.last_tokens)
     low.bind({"hidden": hidden, "rows": step.last_rows})
     for node in part.structure.graph:
         lower_node(low, node)

@@ -9,6 +9,7 @@ from exporter.core.errors import UnsupportedError
 from exporter.core.rounded_input import RoundedInput, match_rounded_input
 from exporter.core.table_weight import TABLES, TableWeight, match_table_weight
 from targets.onnxruntime.engine_graph import EngineGraph
+from targets.onnxruntime.even_rows import EvenRows
 from targets.onnxruntime.weight_file import WeightFile
 
 
@@ -49,13 +50,15 @@ Lowered = ir.Value | Matrix | Sum | Rounded
 
 @dataclass
 class SliceLowering:
-    """One slice on its way into the engine. `prefix` (`layers.3.`) starts the names of its nodes; nodes in
+    """One slice on its way into the engine. `prefix` (`layers.3.`) starts the names of its nodes; `rows` knows how many
+    rows its matrices multiply; nodes in
     `claimed` are lowered together, as one group; those in `taken` were lowered with the one before them."""
 
     graph: EngineGraph
     weights: WeightFile
     slice: Slice
     prefix: str
+    rows: EvenRows
     values: dict[ir.Value, Lowered] = field(default_factory=dict)
     claimed: frozenset[ir.Node] = frozenset()
     taken: set[ir.Node] = field(default_factory=set)

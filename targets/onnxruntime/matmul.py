@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from exporter.core.canonical import CheckpointWeight
 from targets.onnxruntime.engine_graph import MICROSOFT
+from targets.onnxruntime.even_rows import needs_even_rows
 from targets.onnxruntime.lowering import Matrix, SliceLowering
 from targets.onnxruntime.stored_rows import in_blocks
 from targets.onnxruntime.weight_file import QuantizedMatrix
@@ -80,7 +81,11 @@ def _matmul_n_bits(
         "block_size": stored.group_size,
         "accuracy_level": INT8_ACTIVATIONS,
     }
-    return low.graph.op("MatMulNBits", [x, *inputs], name, domain=MICROSOFT, attributes={**attributes})
+
+    def product(rows: ir.Value) -> ir.Value:
+        return low.graph.op("MatMulNBits", [rows, *inputs], name, domain=MICROSOFT, attributes={**attributes})
+
+    return low.rows.multiply(x, name, product) if needs_even_rows(stored.bits, stored.group_size) else product(x)
 
 
 def _matmul_bnb4(low: SliceLowering, x: ir.Value, stored: QuantizedMatrix, name: str) -> ir.Value:

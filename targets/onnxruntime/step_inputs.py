@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from targets.onnxruntime.engine_graph import EngineGraph
+from targets.onnxruntime.even_rows import EvenRows
 
 INT32, INT64 = ir.DataType.INT32, ir.DataType.INT64
 
@@ -16,7 +17,8 @@ class StepInputs:
     seqlens_k int32 [B]: valid positions of a row after this step, less one; total_sequence_length int32: T;
     last_rows int64 [B]: where each row's last valid position lies among the B * S new ones. Rows start at T - S,
     except in a step of one token, where each row stands at its own length. `standard` holds what the canonical
-    layer asks for where its attention stays in standard operators; empty otherwise.
+    layer asks for where its attention stays in standard operators; empty otherwise. `tokens` are the B * S rows that
+    layers multiply, `last_tokens` the B ones of the head.
     """
 
     input_ids: ir.Value
@@ -24,6 +26,8 @@ class StepInputs:
     total_sequence_length: ir.Value
     last_rows: ir.Value
     standard: dict[str, ir.Value]
+    tokens: EvenRows
+    last_tokens: EvenRows
 
 
 def step_inputs(graph: EngineGraph, standard_attention: bool) -> StepInputs:
@@ -42,12 +46,15 @@ def step_inputs(graph: EngineGraph, standard_attention: bool) -> StepInputs:
         "Min", [op("Max", [column, zero], "step.at_least_0"), op("Sub", [new, one], "step.end")], "step.column"
     )
     firsts = op("Mul", [op("Range", [zero, batch, one], "step.rows"), new], "step.row_starts")
+    last_rows = op("Add", [firsts, bounded], "step.last_rows")
     return StepInputs(
         input_ids=ids,
         seqlens_k=op("Cast", [last], "step.seqlens_k", attributes={"to": int(INT32)}),
         total_sequence_length=op("Cast", [total], "step.total_sequence_length", attributes={"to": int(INT32)}),
-        last_rows=op("Add", [firsts, bounded], "step.last_rows"),
+        last_rows=last_rows,
         standard=_standard_inputs(graph, valid, new) if standard_attention else {},
+        tokens=EvenRows(graph, ids, axes=2),
+        last_tokens=EvenRows(graph, last_rows, axes=1),
     )
 
 
