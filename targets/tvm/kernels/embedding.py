@@ -1,5 +1,7 @@
 """Embedding lookup: single rows out of a packed matrix, so that a tied output head needs no second copy."""
 
+from collections.abc import Callable
+
 import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -21,33 +23,25 @@ WORD, FLOATS = 4, "float32x4"
 def embedding_int(isa: Isa, name: str, precision: Precision, rows: int, width: int) -> tirx.PrimFunc:
     """ids int32 [T], weights uint8 (packed [rows, K]) -> hidden float32 [T, K]: (code - zero point) * scale, or what
     the code stands for times the scale."""
-    packed, tokens = layout(precision, rows, width, isa), size("t")
-    with kernel(name) as finished:
-        ids, weights, hidden = arguments(
-            ids=((tokens,), "int32"),
-            weights=(packed.shape, packed.dtype),
-            hidden=((tokens, width), "float32"),
-        )
+    packed = layout(precision, rows, width, isa)
 
-        def one_row(token: Expr) -> None:
-            row = T.bind(T.cast(ids[token], "int64"))
-            lane, vector = T.bind(row % isa.lanes), T.bind(row % packed.step // isa.lanes)
-            scales = Registers("float32", isa.lanes, 1)
-            factor = row_factor(packed, weights, row)
-            table = _Values(packed) if packed.kind in TABLED else None
-            with T.serial(0, packed.groups) as group:
-                record = T.bind(row // packed.step * packed.block_bytes + group * packed.record)
-                scales[0] = record_scales(Vectors(isa), packed, weights, record, vector)
-                scale = T.bind(scales.buffer[lane] * factor)
-                zero: Expr = 0 if table else packed.zero
-                if not precision.symmetric:
-                    stored = weights[record + packed.zeros_at + vector * isa.lanes + lane]
-                    zero = T.bind(T.cast(stored, "int32") + packed.zero)
-                codes = T.bind(record + vector * packed.vector_bytes + lane * 4)
-                _group(packed, weights, codes, table, zero, scale, hidden, token * width + group * packed.group)
+    def one_row(row: Expr, weights: Expr, hidden: Expr, target: Expr) -> None:
+        lane, vector = T.bind(row % isa.lanes), T.bind(row % packed.step // isa.lanes)
+        scales = Registers("float32", isa.lanes, 1)
+        factor = row_factor(packed, weights, row)
+        table = _Values(packed) if packed.kind in TABLED else None
+        with T.serial(0, packed.groups) as group:
+            record = T.bind(row // packed.step * packed.block_bytes + group * packed.record)
+            scales[0] = record_scales(Vectors(isa), packed, weights, record, vector)
+            scale = T.bind(scales.buffer[lane] * factor)
+            zero: Expr = 0 if table else packed.zero
+            if not precision.symmetric:
+                stored = weights[record + packed.zeros_at + vector * isa.lanes + lane]
+                zero = T.bind(T.cast(stored, "int32") + packed.zero)
+            codes = T.bind(record + vector * packed.vector_bytes + lane * 4)
+            _group(packed, weights, codes, table, zero, scale, hidden, target + group * packed.group)
 
-        few_or_many(tokens, one_row)
-    return finished()
+    return lookup(name, packed, one_row)
 
 
 def _group(
@@ -111,25 +105,33 @@ def _four(value: int) -> Expr:
 
 def embedding_float(isa: Isa, name: str, kind: str, rows: int, width: int) -> tirx.PrimFunc:
     """ids int32 [T], weights (packed [rows, K] of fp32, bf16 as uint16, fp16, fp8) -> hidden float32 [T, K]."""
-    packed, tokens = layout(float_precision(kind), rows, width, isa), size("t")
+    packed = layout(float_precision(kind), rows, width, isa)
+
+    def one_row(row: Expr, weights: Expr, hidden: Expr, target: Expr) -> None:
+        lane = T.bind(row % isa.lanes)
+        start = T.bind(row // packed.step * packed.block_values + row % packed.step - lane)
+        factor = row_factor(packed, weights, row)
+        values = Registers("float32", isa.lanes, 1)
+        with T.serial(0, width) as column:
+            values[0] = load_floats(Vectors(isa), kind, weights, start + column * packed.step)
+            store(hidden, target + column, values.buffer[lane] * factor, 1)
+
+    return lookup(name, packed, one_row)
+
+
+def lookup(name: str, packed: Layout, one_row: Callable[[Expr, Expr, Expr, Expr], None]) -> tirx.PrimFunc:
+    """A kernel that calls one_row(row, weights, hidden, first element of hidden to write) for every id."""
+    tokens = size("t")
     with kernel(name) as finished:
         ids, weights, hidden = arguments(
             ids=((tokens,), "int32"),
             weights=(packed.shape, packed.dtype),
-            hidden=((tokens, width), "float32"),
+            hidden=((tokens, packed.width), "float32"),
         )
-
-        def one_row(token: Expr) -> None:
-            row = T.bind(T.cast(ids[token], "int64"))
-            lane = T.bind(row % isa.lanes)
-            start = T.bind(row // packed.step * packed.block_values + row % packed.step - lane)
-            factor = row_factor(packed, weights, row)
-            values = Registers("float32", isa.lanes, 1)
-            with T.serial(0, width) as column:
-                values[0] = load_floats(Vectors(isa), kind, weights, start + column * packed.step)
-                store(hidden, token * width + column, values.buffer[lane] * factor, 1)
-
-        few_or_many(tokens, one_row)
+        few_or_many(
+            tokens,
+            lambda token: one_row(T.bind(T.cast(ids[token], "int64")), weights, hidden, token * packed.width),
+        )
     return finished()
 
 

@@ -15,7 +15,7 @@ from targets.tvm.isa import PROFILES
 from tests.targets.tvm.runners import open_runner
 
 pytest.importorskip("tvm", reason="apache-tvm is not installed")
-from targets.tvm.kernels.embedding import embedding_float
+from targets.tvm.kernels.embedding import embedding_float, lookup
 from targets.tvm.lower.operators import HANDLERS
 from tests.targets.tvm.kernels.test_linear_int import DOT_PRODUCTS
 
@@ -51,7 +51,7 @@ def test_every_operator_is_listed() -> None:
 
 
 def test_the_kernel_shown_is_ours() -> None:
-    assert inspect.getsource(embedding_float) in SNIPPETS
+    assert f"{inspect.getsource(embedding_float)}\n\n{inspect.getsource(lookup)}" in SNIPPETS
 
 
 def test_tests_and_files_it_names_exist() -> None:
