@@ -76,10 +76,10 @@ def test_plain_nvfp4_is_what_modelopt_computes(spread: str) -> None:
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_plain_mxfp4_is_the_standards(spread: str) -> None:
+def test_mxfp4_is_the_standards(spread: str) -> None:
     """OCP MX 1.0, section 6.3: the largest power of two not above max|w|, divided by that in E2M1's largest value."""
     values = weights(spread)
-    rows = absmax_rows(values, Precision("mxfp4", 32))
+    rows = quantize_rows(values, Precision("mxfp4", 32))
     groups = values.reshape(-1, 32)
     amax = np.abs(groups).max(axis=1, keepdims=True).astype(np.float64)
     with np.errstate(divide="ignore"):
@@ -106,7 +106,7 @@ def test_the_search_is_never_worse_in_any_group(spread: str, precision: Precisio
     assert normal.mean() > 0.9
 
 
-@pytest.mark.parametrize(("kind", "group", "most"), [("nf4", 64, 0.88), ("nvfp4", 16, 0.79), ("mxfp4", 32, 0.96)])
+@pytest.mark.parametrize(("kind", "group", "most"), [("nf4", 64, 0.88), ("nvfp4", 16, 0.79)])
 def test_the_search_lowers_the_squared_error(kind: str, group: int, most: float) -> None:
     """On Gaussian weights, as docs/recipes.md says."""
     values, precision = weights("gauss", (256, 1024)), Precision(kind, group)
