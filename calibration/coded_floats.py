@@ -5,8 +5,8 @@ nf4: scale = amax of the group, every weight to the nearest level (QLoRA, append
 nvfp4: matrix scale = amax / (6 * 448) in float32; a group's scale is E4M3(amax of the group / 6 / matrix scale).
 mxfp4: scale = 2^(floor(log2 amax) - 2), as OCP MX 1.0 section 6.3 has it.
 
-Where `search` is on, nf4 and nvfp4 try a few scales for each group and keep the one of least squared error: for codes of
-values q, a scale s takes s (2 sum(q w) - s sum(q q)) off sum(w w). The plain scale is always among them.
+Where `search` is on, nf4 and nvfp4 try a few scales for each group and keep the one of least squared error: for codes
+of values q, a scale s takes s (2 sum(q w) - s sum(q q)) off sum(w w). The plain scale is always among them.
 """
 
 from collections.abc import Callable
@@ -71,10 +71,8 @@ def _quantize_block(
     if precision.kind == "nf4":
         scale = _nf4_scale(groups, amax, search)
         return encode_nf4(groups / scale), scale
-    if precision.kind == "nvfp4":
-        scale = _nvfp4_scale(groups, amax, tensor_amax, search)
-    else:
-        scale = _mxfp4_scale(amax)
+    nvfp4 = precision.kind == "nvfp4"
+    scale = _nvfp4_scale(groups, amax, tensor_amax, search) if nvfp4 else _mxfp4_scale(amax)
     return encode_e2m1(groups / scale), scale
 
 
