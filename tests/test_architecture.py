@@ -50,9 +50,10 @@ HEAVY_AT_TOP = (
     "calibration.accumulate",
     "calibration.algorithms",
     "calibration.decoder",
-    "calibration.layer_halves",
+    "calibration.divergence",
     "calibration.layer_run",
     "calibration.head_run",
+    "calibration.sensitivity",
     "targets.tvm.kernels",
     "targets.tvm.lower",
 )

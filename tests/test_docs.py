@@ -45,6 +45,7 @@ def test_documented_commands_and_options_exist() -> None:
     from typer.main import get_command
 
     import exporter.cli.build
+    import exporter.cli.calibrate
     import exporter.cli.engines
     import exporter.cli.lists  # noqa: F401  each module adds its commands
     from exporter.cli.app import app
