@@ -2,6 +2,7 @@
 
 For each step codes, then the scale that fits them best, codes for that scale and their best scale again (Lloyd 1982):
 with levels q of weights w it is (w . M q) / (q . M q), and takes (w . M q)^2 / (q . M q) off the error w . M w.
+Groups of zeros get 1.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def search_symmetric(
     unit = -values.gather(-1, values.abs().argmax(-1, keepdim=True))
     unit = torch.where(unit == 0, 1, unit)
     relative = values / unit
-    best, scale = torch.full_like(unit, -1), torch.ones_like(unit)
+    best, scale = torch.zeros_like(unit), torch.ones_like(unit)
     for step in steps:
         fitted = torch.full_like(unit, 1 / step)
         for _ in range(2):
@@ -43,7 +44,7 @@ def search_asymmetric(
     unit = values.amax(-1, keepdim=True).clamp_min_(0) - low
     unit = torch.where(unit == 0, 1, unit)
     relative, low = values / unit, low / unit
-    best, scale, zero_point = torch.full_like(unit, -1), torch.ones_like(unit), torch.zeros_like(unit)
+    best, scale, zero_point = torch.zeros_like(unit), torch.ones_like(unit), torch.zeros_like(unit)
     for step in steps:
         span = 2 * step - 1
         zero = (-low * span - (span - top) / 2).round_().clamp_(0, top)
