@@ -19,6 +19,7 @@ from calibration.data import CalibrationData
 from calibration.forecast import BATCH_TOKENS, activation_bytes, forecast_bytes, store_budget, working_bytes
 from calibration.qparams import QParams
 from calibration.qparams_writer import QParamsWriter
+from calibration.resolved_recipe import Report, resolved
 from calibration.transformed import with_transforms
 from calibration.transforms import FoldNorms, RotateHeads, RotateResidual, Transform
 from calibration.work_directory import WorkDirectory, work_directory
@@ -68,20 +69,21 @@ def calibrate(
     `calibrate.not_finite`, `work_dir.*`), BudgetError (`coverage.missed`, `memory.calibrate`).
     """
     config = checkpoint.config
-    gate(coverage(config, recipe), options.min_coverage)
+    if recipe.name != auto.NAME:  # which chooses what fits
+        gate(coverage(config, recipe), options.min_coverage)
     if data is None:
         _require_no_data(recipe)
         return _write_transforms(checkpoint, recipe, out, options)
     budget = store_budget(config, recipe, data.ids.shape[1], options.max_ram)
-    with _torch_threads(options.threads):
-        if recipe.name == auto.NAME:
-            source = with_transforms(checkpoint, rotations(recipe, options.seed))
-            recipe = auto.resolve(source, recipe, data, options.budget, progress).recipe
-        with work_directory(options.work_dir, out, _binding(checkpoint, recipe, data, options)) as work:
-            run = _Run(checkpoint, recipe, data, options, work, ActivationStore(work.path, budget), progress)
-            run.layers()
-            found = run.write(out)
-            work.clear()
+    binding, transforms = _binding(checkpoint, recipe, data, options), rotations(recipe, options.seed)
+    with _torch_threads(options.threads), work_directory(options.work_dir, out, binding) as work:
+        source = with_transforms(checkpoint, transforms)
+        recipe, report, progress = resolved(source, recipe, data, options.budget, work, progress)
+        gate(coverage(config, recipe), options.min_coverage)
+        run = _Run(source, transforms, recipe, data, work, ActivationStore(work.path, budget), progress)
+        run.layers()
+        found = run.write(out, report)
+        work.clear()
     return found
 
 
@@ -120,6 +122,7 @@ def _binding(
         "recipe": asdict(recipe),
         "data": {**data.summary.to_json(), "ids_sha256": data.digest},
         "seed": options.seed,
+        "budget": asdict(options.budget),
         "threads": options.threads or physical_cores(),
     }
 
@@ -138,19 +141,17 @@ def _torch_threads(threads: int) -> Iterator[None]:
 
 @dataclass
 class _Run:
-    """One calibration at work. The source is the checkpoint as its rotations leave it."""
+    """One calibration at work. `checkpoint`: the source as its rotations, `transforms`, leave it."""
 
-    original: Checkpoint
+    checkpoint: Checkpoint
+    transforms: tuple[Transform, ...]
     recipe: Recipe
     data: CalibrationData
-    options: CalibrateOptions
     work: WorkDirectory
     store: ActivationStore
     progress: Progress
 
     def __post_init__(self) -> None:
-        self.transforms = rotations(self.recipe, self.options.seed)
-        self.checkpoint = with_transforms(self.original, self.transforms)
         self.config = self.checkpoint.config
         n, length = self.data.ids.shape
         self.shape = (n, length, self.config.hidden_size)
@@ -168,13 +169,15 @@ class _Run:
         self._head(hidden)
         self.store.drop(hidden)
 
-    def write(self, out: Path) -> QParams:
-        """All parts in one file."""
+    def write(self, out: Path, report: Report) -> QParams:
+        """All parts in one file, and what `auto` reports."""
         with self._writer(out) as writer:
             for transform in self.transforms:
                 writer.add_transform(transform)
             for number in range(self.config.num_layers + 1):
                 writer.add_part(QParams.open(self.work.part(number)))
+            if report:
+                writer.add_report(auto.NAME, report)
             return writer.finish()
 
     def _layer(self, layer: int, hidden: Activations) -> Activations:
@@ -207,7 +210,7 @@ class _Run:
     def _writer(self, path: Path, part: str | None = None) -> QParamsWriter:
         return QParamsWriter(
             path,
-            source_digest=self.original.digest,
+            source_digest=self.checkpoint.digest,
             recipe=self.recipe,
             data=self.data.summary.to_json(),
             part=part,

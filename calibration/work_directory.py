@@ -6,6 +6,7 @@ after the last finished layer and ends with the same bytes. It refuses to go on 
     binding.json         what the calibration is
     part-NNNN.qparams    one finished layer (the last number: the head), a file of quantization parameters itself
     hidden-NNNN.f32      the residual stream [n, S, H] that leaves layer NNNN; only the last one is kept
+    recipe.json          what recipe `auto` chose
     activations-*.f32    what does not fit in memory, while it is needed
 """
 
@@ -38,6 +39,10 @@ class WorkDirectory:
         return self.path / f"hidden-{layer:04}.f32"
 
     @property
+    def chosen(self) -> Path:
+        return self.path / "recipe.json"
+
+    @property
     def finished(self) -> int:
         """Parts that an earlier run left, from the first on."""
         count = 0
@@ -50,7 +55,8 @@ class WorkDirectory:
         for pattern in ("part-*.qparams", "hidden-*.f32", "activations-*.f32*"):
             for file in self.path.glob(pattern):
                 file.unlink(missing_ok=True)
-        (self.path / BINDING).unlink(missing_ok=True)
+        for file in (self.chosen, self.path / BINDING):
+            file.unlink(missing_ok=True)
 
 
 @contextmanager

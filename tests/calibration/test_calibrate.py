@@ -1,5 +1,6 @@
 """Whole calibrations of tiny models against transformers: what the file records is what the model itself shows."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from calibration.auto import AutoBudget
 from calibration.calibrate import CalibrateOptions, calibrate
 from calibration.data import CalibrationData, DataSummary
 from calibration.forecast import working_bytes
 from calibration.observers import Observer
 from calibration.qparams import QParams
+from calibration.recipe_json import recipe_to_json
 from calibration.transformed import with_transforms
 from calibration.transforms import CONSUMERS, FoldNorms, RotateHeads, RotateResidual, ScaleInput
 from exporter.core.checkpoint import Checkpoint
@@ -281,6 +284,28 @@ def test_a_work_directory_serves_one_calibration(tiny_checkpoint: Callable[..., 
     with pytest.raises(InputError) as refusal:
         calibrate(checkpoint, RECIPES["fp8"], sequences(), tmp_path / "q", options, NoProgress())
     assert refusal.value.kind == "work_dir.damaged"
+
+
+def test_what_auto_chose_is_kept_for_the_resumed_run(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint("gqa", hidden_size=128, intermediate_size=256))
+    recipe = Recipe("auto", Precision("int4", 128), INT4, INT8, algorithms=("gptq",))
+    options = CalibrateOptions(threads=1, work_dir=tmp_path / "work", budget=AutoBudget(target_bits=5.0))
+    out = tmp_path / "q"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(checkpoint, recipe, sequences(), out, options, Interrupting("layer 2 of 2"))
+    chosen = json.loads((tmp_path / "work" / "recipe.json").read_text())
+    resumed = Interrupting()
+    found = calibrate(checkpoint, recipe, sequences(), out, options, resumed)
+    assert resumed.seen[0].startswith("layer 2 of 2")
+    assert recipe_to_json(found.recipe) == chosen["recipe"] and found.recipe.name == "auto"
+    assert found.reports["auto"] == chosen["report"]
+    bits = found.reports["auto"]["bits_per_weight"]
+    assert isinstance(bits, float) and bits <= 5.0
+    for layer in range(2):
+        for names in CONSUMERS.values():
+            for name in names:
+                precision = found.recipe.layer_precision(layer, name)
+                assert found.rows(f"model.layers.{layer}.{name}.weight", precision, 0, 1) is not None
 
 
 def test_two_runs_do_not_share_a_work_directory(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
