@@ -1,5 +1,6 @@
 """The simulated roundings of activations: that of ONNX Runtime's MatMulNBits, and that of shared exponents."""
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -7,7 +8,8 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from exporter.parity.activations import round_activations
+from exporter.core.recipe import ACTIVATIONS, CHANNEL, Precision
+from exporter.parity.activations import asked_rounding, round_activations
 from exporter.parity.metrics import relative_l2_error
 from targets.base import ActivationRounding
 
@@ -89,3 +91,38 @@ def test_zeros_stay_zero(how: ActivationRounding) -> None:
     x = torch.zeros(2, 64)
     x[1, 40] = 3.0
     assert torch.equal(round_activations(x, 32, how), x)
+
+
+def test_a_token_or_all_of_them_share_a_scale() -> None:
+    """Against NumPy: int8 codes by rint, E4M3 codes by ml_dtypes."""
+    generator = np.random.default_rng(3)
+    x = (generator.normal(size=(40, 96)) * generator.lognormal(0, 2, (40, 1))).astype(np.float32)
+    x[7] = 0.0
+    largest = np.abs(x).max(-1, keepdims=True)
+    expected = {}
+    for how, top, codes in (("token", 127, np.rint), ("fp8-token", 448, e4m3)):
+        scale = np.where(largest > 0, largest / np.float32(top), np.float32(1))
+        expected[how] = codes(x / scale) * scale
+    static = np.float32(0.05)
+    expected["tensor"] = np.clip(np.rint(x / static), -128, 127) * static
+    expected["fp8-tensor"] = e4m3(np.clip(x / static, -448, 448)) * static
+    for how, values in expected.items():
+        found = round_activations(torch.from_numpy(x), 0, how, float(static))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(found.numpy(), values.astype(np.float32), err_msg=how)
+    assert np.abs(x).max() > 448 * static  # both static roundings had something to saturate
+
+
+def e4m3(x: np.ndarray) -> np.ndarray:
+    return x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
+def test_a_scale_from_calibration_must_be_there() -> None:
+    with pytest.raises(ValueError, match="calibration"):
+        round_activations(torch.zeros(1, 4), 0, "tensor")
+
+
+@pytest.mark.parametrize("asked", [*ACTIVATIONS, ""])
+def test_what_a_recipe_asks_is_simulated_as_asked(asked: str) -> None:
+    kind = "fp8" if asked.startswith("fp8") else "int8"
+    expected = {"int8/token": "token", "int8/tensor": "tensor", "fp8/token": "fp8-token", "fp8/tensor": "fp8-tensor"}
+    assert asked_rounding(Precision(kind, CHANNEL, activations=asked)) == expected.get(asked)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -34,6 +35,23 @@ def test_int8_has_a_scale_for_each_position_and_head() -> None:
     codes = np.rint(x / np.where(scale > 0, scale, np.float32(1)))
     assert codes.min() >= -127 and codes.max() <= 127
     np.testing.assert_array_equal(round_cached(torch.from_numpy(x), "int8").numpy(), codes * scale)
+
+
+def test_calibrated_scales_saturate() -> None:
+    x, scale = values(), np.float32(0.03)
+    assert np.abs(x).max() > 448 * scale
+    found = {kind: round_cached(torch.from_numpy(x), kind, float(scale)).numpy() for kind in ("int8", "fp8")}
+    np.testing.assert_array_equal(found["int8"], np.clip(np.rint(x / scale), -128, 127) * scale)
+    codes = np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    np.testing.assert_array_equal(found["fp8"], codes.astype(np.float32) * scale)
+    with pytest.raises(ValueError, match="without its scales"):
+        round_cached(torch.from_numpy(x), "fp8")
+
+
+def test_keys_and_values_have_scales_of_their_own() -> None:
+    x = torch.from_numpy(values())
+    keys, found = RoundedCache("fp8", (0.5, 0.25)).update(x, x, 0)
+    assert torch.equal(keys, round_cached(x, "fp8", 0.5)) and torch.equal(found, round_cached(x, "fp8", 0.25))
 
 
 def test_fp32_is_left_alone_and_others_are_unknown() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from calibration.presets import PRESETS, preset
-from exporter.core.recipe import KV_CACHES, Precision, Recipe
+from exporter.core.recipe import CHANNEL, KV_CACHES, Override, Precision, Recipe
 from exporter.parity.limits import (
     CACHES,
     FP16,
@@ -73,3 +73,40 @@ def test_a_rounded_cache_is_never_held_tighter_than_none(name: str) -> None:
             rounded = engine_limits(with_cache(name, cache), rounded_activations=integer)
             assert rounded.simulation >= plain.simulation and rounded.consistency >= plain.consistency
             assert rounded.simulation == (1e-2 if integer else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("precision", "divergence", "ratio"),
+    [
+        (Precision("int8", CHANNEL), 0.003, 1.005),
+        (Precision("int8", CHANNEL, activations="int8/token"), 0.02, 1.01),
+        (Precision("fp8", 0), 0.02, 1.01),
+        (Precision("fp8", CHANNEL, activations="fp8/token"), 0.02, 1.01),
+        (Precision("nf4", 32), 0.05, 1.05),
+        (Precision("nf4", 64), 0.10, 1.10),
+        (Precision("int4", CHANNEL), 0.10, 1.10),
+        (Precision("int4", 32, activations="int8/token"), 0.05, 1.05),
+        (Precision("int4", 128, activations="int8/token"), 0.10, 1.10),
+        (Precision("nvfp4", 16), 0.15, 1.15),
+        (Precision("mxfp4", 32), 0.15, 1.15),
+    ],
+)
+def test_the_contracts_rows(precision: Precision, divergence: float, ratio: float) -> None:
+    recipe = Recipe("r", precision, Precision("bf16"), Precision())
+    assert gates(eager_limits(recipe)) == (None, divergence, None, ratio)
+    assert gates(eager_limits(replace(recipe, kv_cache="fp8"))) == (None, divergence, None, ratio)
+
+
+def test_one_coarse_layer_chooses_the_row_of_a_mixed_recipe() -> None:
+    int8, fp4 = Precision("int8", 32), Precision("nvfp4", 16)
+    mixed = Recipe("auto", int8, int8, int8, overrides=(Override("layers.3.*", fp4),))
+    assert gates(eager_limits(mixed)) == gates(eager_limits(Recipe("r", fp4, fp4, fp4)))
+
+
+def test_ways_through_e4m3_may_part_further_than_through_int8() -> None:
+    limits = {}
+    for kind in ("int8", "fp8"):
+        recipe = Recipe("r", Precision(kind, CHANNEL, activations=f"{kind}/token"), Precision(), Precision())
+        limits[kind] = engine_limits(recipe, rounded_activations=True)
+    assert limits["fp8"].simulation == limits["int8"].simulation == 1e-2
+    assert limits["fp8"].consistency == 5e-2 and limits["int8"].consistency == 1e-2
