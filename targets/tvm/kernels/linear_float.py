@@ -63,8 +63,10 @@ class _Product:
     def single_row(self, block: Expr) -> None:
         """One block of y from x [1, K]."""
         start = T.bind(block * self.packed.block_values)
-        sums = Registers("float32", self.lanes, 2 * CHAINS)
-        for index in range(2 * CHAINS):
+        # Behind fp8 products activations are rounded to 4 bits: single rows must add as tiles do, to the last bit.
+        chains = 1 if self.packed.kind == "fp8" else CHAINS
+        sums = Registers("float32", self.lanes, 2 * chains)
+        for index in range(2 * chains):
             sums[index] = float_vector(0.0, self.lanes)
 
         def add(column: Expr, chain: int) -> None:
@@ -74,12 +76,13 @@ class _Product:
                 sums[index] = self.vectors.fma(self._weights(start, column, vector), x, sums[index])
 
         with T.serial(0, self.packed.width // CHAINS) as step:
-            for chain in range(CHAINS):
-                add(step * CHAINS + chain, chain)
-        for chain in range(self.packed.width % CHAINS):
-            add(self.packed.width // CHAINS * CHAINS + chain, chain)
+            for number in range(CHAINS):
+                add(step * CHAINS + number, number % chains)
+        for number in range(self.packed.width % CHAINS):
+            add(self.packed.width // CHAINS * CHAINS + number, number % chains)
         for index in (0, 1):
-            sums[index] = (sums[index] + sums[index + 2]) + (sums[index + 4] + sums[index + 6])
+            if chains > 1:
+                sums[index] = (sums[index] + sums[index + 2]) + (sums[index + 4] + sums[index + 6])
             sums[index] = self._scaled(sums[index], block, index)
         self.epilogue.write(self.tensors["y"], T.int64(0), block, sums, 0, self.tensors.get("bias"))
 

@@ -63,6 +63,22 @@ def test_any_number_of_rows(isa: Isa, kind: str) -> None:
 
 
 @every_profile
+def test_fp8_rows_do_not_depend_on_those_beside_them(isa: Isa) -> None:
+    """To the last bit: what is rounded to E4M3 behind them would tell."""
+    random = np.random.default_rng(1)
+    weights = stored(random.normal(size=(38, 45)).astype(np.float32), "fp8")
+    packed = aligned(pack_floats(isa, weights, False, random.lognormal(size=(38, 1)).astype(np.float32)))
+    run = compiled(linear_float(isa, "linear", "fp8", 38, 45, "plain", False), isa)
+    x = aligned(random.normal(size=(25, 45)).astype(np.float32))
+    together = aligned(np.empty((25, 38), np.float32))
+    run(x, packed, together)
+    for row in range(25):
+        alone = aligned(np.empty((1, 38), np.float32))
+        run(aligned(x[row : row + 1]), packed, alone)
+        np.testing.assert_array_equal(alone[0], together[row])
+
+
+@every_profile
 @pytest.mark.parametrize(
     "rows, epilogue, bias",
     [(64, "plain", True), (9, "add", False), (64, "add", True), (64, "swiglu", False), (38, "swiglu", True)],
