@@ -118,9 +118,9 @@ is half precision. Also how far two ways through one such engine (decode, chunks
 
 CONSISTENCY_E4M3 = 5e-2
 """Two ways through an engine that rounds activations to E4M3, over its whole depth. A code that flips moves its value
-by an eighth, not by 1 / 127 of the largest one; the flips that follow from it spread until the two ways part by what the
-rounding itself costs: 2.1e-2 measured at the worst position of the example model, whose fp8 engine is 4.2e-2 from eager.
-Slice by slice, where the flips are measured and taken off, the limit stays SIMULATION_COARSE."""
+by an eighth, not by 1 / 127 of the largest one; the flips that follow from it spread until the two ways part by what
+the rounding itself costs: 2.1e-2 measured at the worst position of the example model, whose fp8 engine is 4.2e-2 from
+eager. Slice by slice, where flips are measured and taken off, the limit stays SIMULATION_COARSE."""
 
 SELF_FP32 = 2e-5
 """Two ways through one float32 engine, or one slice of it beside its simulation: the fp32 limit against eager."""
