@@ -11,7 +11,8 @@ import torch
 from calibration.algorithms.grid import Grid
 from calibration.half_scales import as_half
 
-BLOCK = 128
+BLOCK, LEAF = 128, 16
+"""Channels whose changes reach all others, and each other within a block, in one product."""
 
 
 def descend(
@@ -98,14 +99,17 @@ def _descend_block(
     grid: Grid,
     start: int,
 ) -> None:
-    """One sweep over the channels of a block that begins at channel `start`."""
+    """One sweep over the channels of a block that begins at channel `start`, by the same scheme in leaves."""
     rounded = grid.rounder()
-    for channel in range(len(levels)):
-        group = (start + channel) // grid.group
-        scale = grid.scales[group]
-        wanted = levels[channel] + gradient[channel] / (diagonal[channel] * scale)
-        best = rounded(wanted, group)
-        change = (levels[channel] - best) * scale
-        levels[channel] = best
-        errors[channel] += change
-        gradient.addr_(near[:, channel], change)
+    for first in range(0, len(levels), LEAF):
+        leaf = slice(first, first + LEAF)
+        before, local, mutual = errors[leaf].clone(), gradient[leaf].clone(), near[leaf, leaf]
+        for at in range(len(local)):
+            group = (start + first + at) // grid.group
+            scale, level = grid.scales[group], levels[first + at]
+            best = rounded(level + local[at] / (diagonal[first + at] * scale), group)
+            change = (level - best) * scale
+            level.copy_(best)
+            errors[first + at] += change
+            local.addr_(mutual[:, at], change)
+        gradient.addmm_(near[:, leaf], errors[leaf] - before)

@@ -25,6 +25,8 @@ from exporter.core.weights import QuantizedRows
 LARGEST_DAMPING = 1e3
 SWEEPS = 2
 """Rounds of coordinate descent after the pass."""
+LEAF = 16
+"""Channels whose errors are carried on one by one; more go in products of matrices."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,18 @@ def _round_block(
     groups: torch.Tensor,
     grid: Grid,
 ) -> None:
-    """Channels of a block, last to first; `targets` are its weights with the feedback of all later channels."""
+    """Channels of a block, last to first; `targets` are its weights with the feedback of all later channels.
+
+    Halves down to LEAF channels: the later half's errors reach the earlier one in one product.
+    """
     start, stop = block
+    if stop - start > LEAF:
+        middle = (start + stop) // 2
+        near, far = targets[: middle - start], targets[middle - start :]
+        _round_block(far, weights, errors, levels, (middle, stop), feedback, groups, grid)
+        near.addmm_(feedback[middle:stop, start:middle].T, errors[middle:stop])
+        _round_block(near, weights, errors, levels, (start, middle), feedback, groups, grid)
+        return
     rounded = grid.rounder()
     for channel in range(stop - 1, start - 1, -1):
         group = int(groups[channel])
