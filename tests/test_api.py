@@ -61,6 +61,23 @@ def test_plan_and_lists(checkpoint: Path) -> None:
     assert enginesmith.doctor().usable
 
 
+def test_calibrating_once_for_a_plan(checkpoint: Path, tmp_path: Path) -> None:
+    text = Path(__file__).parent / "support" / "tiny.py"
+    out = tmp_path / "gptq.qparams"
+    with pytest.raises(enginesmith.InputError, match="text"):
+        enginesmith.build(checkpoint, target="onnxruntime", recipe="int4-gptq", out=tmp_path / "engine")
+    found = enginesmith.calibrate(
+        checkpoint, recipe="int4-gptq", calibration=text, calibration_tokens=256, length=64, out=out
+    )
+    assert found.path == out and found.parameters.recipe.name == "int4-gptq"
+    plan = enginesmith.plan(checkpoint, target="onnxruntime", qparams=out)
+    assert plan.recipe == "int4-gptq" and {matrix.source for matrix in plan.matrices} == {"stored", "derived"}
+    request = enginesmith.CalibrationRequest(text=text, tokens=256)
+    within = enginesmith.plan(checkpoint, target="onnxruntime", recipe="int4-gptq", calibration=request)
+    assert within.stages[0].name == "calibrate" and not within.matrices
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gptq.qparams"]
+
+
 def test_errors_carry_code_kind_and_remedy(tmp_path: Path) -> None:
     with pytest.raises(enginesmith.InputError) as caught:
         enginesmith.build(tmp_path / "none", target="onnxruntime", out=tmp_path / "engine")
