@@ -155,10 +155,9 @@ def test_refusals_leave_nothing(
 
 
 def test_compare_shows_engines_against_each_other(built: tuple[Path, Result], checkpoint: Path, folder: Path) -> None:
-    """An engine and its copy: equal to each other; both part from eager."""
     engine, page = built[0], folder / "compare.html"
     plain = folder / "plain"
-    assert build(checkpoint, plain, "--recipe", "int8-weight", "--no-parity", "--max-seq-len", 64).code == 0
+    assert build(checkpoint, plain, "--recipe", "int8-weight", "--no-parity").code == 0
     found = enginesmith("compare", engine, plain, "--against", checkpoint, "--report", page, "--json")
     assert found.code == 0, found.err
     pairs = {(Path(pair["engine"]).name, Path(pair["other"]).name): pair for pair in found.json["pairs"]}

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from calibration.presets import PRESETS, preset
@@ -13,9 +15,11 @@ from exporter.parity.limits import (
     INT4_FINE,
     INT6,
     INT8,
+    SIMULATION_E4M3,
     EagerLimits,
     eager_limits,
     engine_limits,
+    rounding_limit,
 )
 
 
@@ -72,7 +76,7 @@ def test_a_rounded_cache_is_never_held_tighter_than_none(name: str) -> None:
             plain = engine_limits(with_cache(name, "fp32"), rounded_activations=integer)
             rounded = engine_limits(with_cache(name, cache), rounded_activations=integer)
             assert rounded.simulation >= plain.simulation and rounded.consistency >= plain.consistency
-            assert rounded.simulation == (1e-2 if integer else 1e-3)
+            assert rounded.simulation == (rounding_limit(preset(name)) if integer else 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -103,10 +107,17 @@ def test_one_coarse_layer_chooses_the_row_of_a_mixed_recipe() -> None:
     assert gates(eager_limits(mixed)) == gates(eager_limits(Recipe("r", fp4, fp4, fp4)))
 
 
-def test_ways_through_e4m3_may_part_further_than_through_int8() -> None:
-    limits = {}
-    for kind in ("int8", "fp8"):
-        recipe = Recipe("r", Precision(kind, CHANNEL, activations=f"{kind}/token"), Precision(), Precision())
-        limits[kind] = engine_limits(recipe, rounded_activations=True)
-    assert limits["fp8"].simulation == limits["int8"].simulation == 1e-2
-    assert limits["fp8"].consistency == 5e-2 and limits["int8"].consistency == 1e-2
+@pytest.mark.parametrize(("kind", "limit"), [("int8", 1e-2), ("fp8", 5e-2)])
+def test_faithful_computations_part_by_what_the_rounding_costs(kind: str, limit: float) -> None:
+    recipe = Recipe("r", Precision(kind, CHANNEL, activations=f"{kind}/token"), Precision(), Precision())
+    found = engine_limits(recipe, rounded_activations=True)
+    assert found.simulation == found.consistency == rounding_limit(recipe) == limit
+    assert engine_limits(recipe, rounded_activations=False).simulation == 1e-3
+
+
+def test_the_error_of_e4m3_that_its_limit_is_derived_from() -> None:
+    """Root mean square over values of every size, relative; two independent roundings part by sqrt(2) of it."""
+    values = np.exp2(np.random.default_rng(0).uniform(0, 4, 1_000_000)).astype(np.float32)
+    error = values.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) / values - 1
+    assert np.sqrt(np.mean(error**2)) == pytest.approx(2.65e-2, rel=0.01)
+    assert np.sqrt(2) * 2.65e-2 < SIMULATION_E4M3 < 2 * 2.65e-2
