@@ -6,8 +6,8 @@ rounding itself costs. Given the engine's own hidden states at every layer bound
 layer, and a fault is seen in the very layer that has it.
 
 What happens within a layer is measured: the simulation is run once more from hidden states disturbed by float32
-rounding. The square of how far it parts from itself is taken off the square of how far the engine parts from it. Both
-are sums over many elements, so a faithful engine is left with little, and a fault keeps its full size.
+rounding. The square of how far it parts from itself is taken off the square of how far the engine parts from it, both
+over the same positions. A faithful engine is left with little, and a fault keeps its full size.
 """
 
 import math
@@ -35,7 +35,8 @@ and 6.5e-4 in two layers where the engine parts from it by 1.38e-2 and 1.01e-3."
 @dataclass(frozen=True)
 class LayerwiseErrors:
     """Relative L2 of each slice's output (embedding, layers, head), the engine against its simulation, less what the
-    simulation's own rounding explains (`flips`, zero where nothing is rounded on the way).
+    simulation's own rounding explains at these positions (`flips`: the largest; zero where nothing is rounded on the
+    way).
 
     `all` over every position of every row; `decoded` over positions that went through the cache one at a time;
     `tail` over the last positions of a full cache. `instrumented`: logits of the engine that shows its hidden
@@ -63,8 +64,7 @@ def layerwise_errors(
             advance(0.5 + 0.5 * index / (config.num_layers + 1), f"simulation, layer {index} of {config.num_layers}")
             layer = simulation.layer(index)
             before, after = states.read(index, rows), states.read(index + 1, rows)
-            flips = _own_error(layer, states.read(index, rows), scored) if simulation.rounds else 0.0
-            sums.add((layer.run(row).hidden for row in before), after, flips)
+            sums.add_layer(layer, before, after, simulation.rounds)
             del layer
         final = [row[each.positions] for row, each in zip(states.read(config.num_layers, rows), scored, strict=True)]
     head = _head_errors(simulation, final, logits)
@@ -137,30 +137,46 @@ class _Sums:
         self.tail: list[float] = []
         self.flips: list[float] = []
 
-    def add(self, expected: Iterable[np.ndarray], found: Iterable[np.ndarray], flips: float = 0.0) -> None:
-        every, decoded, tail = ErrorSums(), ErrorSums(), ErrorSums()
+    def add(self, expected: Iterable[np.ndarray], found: Iterable[np.ndarray]) -> None:
+        sums = _SliceSums()
         for each, exact, shown in zip(self._scored, expected, found, strict=True):
-            every.add(exact, shown)
-            steps = each.positions[1:]
-            (tail if each.group == "tail" else decoded).add(exact[steps], shown[steps])
-        for values, sums in zip((self.all, self.decoded, self.tail), (every, decoded, tail), strict=True):
-            values.append(math.sqrt(max(0.0, sums.value**2 - flips**2)))
-        self.flips.append(flips)
+            sums.add(each, exact, shown)
+        self._keep(sums, _SliceSums())
+
+    def add_layer(
+        self, layer: EagerLayer, before: Iterable[np.ndarray], found: Iterable[np.ndarray], rounds: bool
+    ) -> None:
+        """A layer of the simulation run from `before`; where it rounds, once more from `before` disturbed."""
+        sums, own, generator = _SliceSums(), _SliceSums(), np.random.default_rng(0)
+        for each, row, shown in zip(self._scored, before, found, strict=True):
+            exact = layer.run(row).hidden
+            sums.add(each, exact, shown)
+            if rounds:
+                noise = generator.standard_normal(row.shape, np.float32) * np.float32(DISTURBANCE)
+                own.add(each, exact, layer.run(row * (1 + noise)).hidden)
+        self._keep(sums, own)
+
+    def _keep(self, sums: "_SliceSums", own: "_SliceSums") -> None:
+        for values, error, flips in zip((self.all, self.decoded, self.tail), sums.values, own.values, strict=True):
+            values.append(math.sqrt(max(0.0, error**2 - flips**2)))
+        self.flips.append(max(own.values))
 
 
-def _own_error(layer: EagerLayer, rows: Iterable[np.ndarray], scored: Sequence[Scored]) -> float:
-    """How far a layer of the simulation parts from itself when its input is disturbed by DISTURBANCE.
+class _SliceSums:
+    """How far outputs of a slice are apart: over all positions, decoded ones, and the tail."""
 
-    Over all rows but the long one, whose length would only repeat them.
-    """
-    generator = np.random.default_rng(0)
-    sums = ErrorSums()
-    for each, row in zip(scored, rows, strict=True):
-        if each.group == "tail":
-            continue
-        noise = generator.standard_normal(row.shape, np.float32) * np.float32(DISTURBANCE)
-        sums.add(layer.run(row).hidden, layer.run(row * (1 + noise)).hidden)
-    return sums.value
+    def __init__(self) -> None:
+        self._all, self._decoded, self._tail = ErrorSums(), ErrorSums(), ErrorSums()
+
+    def add(self, scored: Scored, expected: np.ndarray, found: np.ndarray) -> None:
+        """[S, H] each, of one row."""
+        steps = scored.positions[1:]
+        self._all.add(expected, found)
+        (self._tail if scored.group == "tail" else self._decoded).add(expected[steps], found[steps])
+
+    @property
+    def values(self) -> tuple[float, float, float]:
+        return self._all.value, self._decoded.value, self._tail.value
 
 
 def _head_errors(simulation: EagerModel, final: list[np.ndarray], logits: np.ndarray) -> tuple[float, float, float]:

@@ -14,7 +14,7 @@ from exporter.parity.basis import residual_basis
 from exporter.parity.graph_slice import GraphLayer, SliceFailed, SliceRunner
 from exporter.parity.head_check import faulty_operator
 from exporter.parity.inputs import ParityInputs
-from exporter.parity.limits import FP32, eager_limits, rounding_limit
+from exporter.parity.limits import FP32, eager_limits
 from exporter.parity.local_check import EagerStep
 from exporter.parity.localise import Evidence, Suspect, localise
 from exporter.parity.reference import EagerLayer, EagerModel
@@ -96,10 +96,8 @@ def _quantized_track(
     )
     runner = SliceRunner(numbers.checkpoint.config, numbers.rows)
     basis = residual_basis(numbers.checkpoint) if transformed else None
-    limits, rounding = eager_limits(recipe), rounding_limit(recipe)
-    return StageTrack(
-        "quantize", model, runner, rounded, limits, inputs, lossless=False, basis=basis, rounding=rounding
-    )
+    limits = eager_limits(recipe)
+    return StageTrack("quantize", model, runner, rounded, limits, inputs, lossless=False, basis=basis)
 
 
 class _StageRun:

@@ -47,7 +47,7 @@ class StageTrack:
     the row that its logits are held to against the reference; `lossless` also holds its hidden states to rounding.
     `basis` is for stages whose weights went through transforms: their hidden states, keys and values are others than
     eager's, so local inputs come from `expected` itself, and eager's hidden states are turned by `basis` before they
-    are compared with the stage's own. `rounding` is the local limit where activations are rounded.
+    are compared with the stage's own.
     """
 
     def __init__(
@@ -61,12 +61,11 @@ class StageTrack:
         *,
         lossless: bool,
         basis: Basis | None = None,
-        rounding: float = SIMULATION_COARSE,
     ) -> None:
         self.stage, self.model, self.runner, self.expected = stage, model, runner, expected
         self.limits, self.inputs, self.lossless = limits, inputs, lossless
         self.basis = basis
-        self.local_limit = rounding if expected.rounds else local_error(expected.config)
+        self.local_limit = SIMULATION_COARSE if expected.rounds else local_error(expected.config)
         plan = inputs.plan
         self.main_steps = main_steps(inputs.prefill, inputs.decode, plan.single_steps, plan.chunk)
         self.ragged_steps = ragged_steps(inputs.ragged_prompts, inputs.ragged_steps)

@@ -5,9 +5,11 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from exporter.core.canonical import CheckpointWeight
+from exporter.core.recipe import Precision
 from targets.onnxruntime.engine_graph import MICROSOFT
 from targets.onnxruntime.even_rows import needs_even_rows
 from targets.onnxruntime.lowering import Matrix, SliceLowering
+from targets.onnxruntime.steady_sums import steady_product
 from targets.onnxruntime.stored_rows import in_blocks
 from targets.onnxruntime.weight_file import QuantizedMatrix
 
@@ -28,7 +30,7 @@ def matmul(low: SliceLowering, x: ir.Value, matrix: Matrix, bias: ir.Value | Non
     if in_blocks(precision):
         return _matmul_n_bits(low, x, _stored(low, matrix), name, bias)
     if precision.is_coded:
-        product = _matmul_decoded(low, x, _stored(low, matrix), name, nf4=precision.kind == "nf4")
+        product = _matmul_decoded(low, x, _stored(low, matrix), name, precision)
     else:
         product = _matmul_floats(low, x, low.weight_tensor(replace(matrix, transposed=False)), name)
     return product if bias is None else low.graph.op("Add", [product, bias], f"{name}.bias_add")
@@ -39,15 +41,24 @@ def _matmul_floats(low: SliceLowering, x: ir.Value, weight: ir.Value, name: str)
     return low.graph.op("FusedMatMul", [x, weight], name, domain=MICROSOFT, attributes={**attributes})
 
 
-def _matmul_decoded(low: SliceLowering, x: ir.Value, stored: QuantizedMatrix, name: str, *, nf4: bool) -> ir.Value:
+def _matmul_decoded(
+    low: SliceLowering, x: ir.Value, stored: QuantizedMatrix, name: str, precision: Precision
+) -> ir.Value:
     """Products with a matrix that is decoded to float32 each time: in parts where it is large."""
     parts = _decoded_parts(stored)
     names = [name if len(parts) == 1 else f"{name}.{index}" for index in range(len(parts))]
-    products = [
-        _matmul_bnb4(low, x, part, each) if nf4 else _matmul_floats(low, x, _fp8(low, part), each)
-        for part, each in zip(parts, names, strict=True)
-    ]
+    multiply = _matmul_bnb4 if precision.kind == "nf4" else _matmul_rounded if precision.activations else _matmul_fp8
+    products = [multiply(low, x, part, each) for part, each in zip(parts, names, strict=True)]
     return products[0] if len(parts) == 1 else low.graph.op("Concat", products, name, attributes={"axis": -1})
+
+
+def _matmul_fp8(low: SliceLowering, x: ir.Value, stored: QuantizedMatrix, name: str) -> ir.Value:
+    return _matmul_floats(low, x, _fp8(low, stored), name)
+
+
+def _matmul_rounded(low: SliceLowering, x: ir.Value, stored: QuantizedMatrix, name: str) -> ir.Value:
+    """Where activations are rounded to E4M3, here and behind."""
+    return steady_product(low, x, _fp8(low, stored), stored.shape, name)
 
 
 def _decoded_parts(stored: QuantizedMatrix) -> list[QuantizedMatrix]:

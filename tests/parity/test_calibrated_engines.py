@@ -16,7 +16,7 @@ from exporter.core.progress import NoProgress
 from exporter.core.recipe import CHANNEL, TENSOR, Override, Precision, Recipe
 from exporter.parity.html import render_html
 from exporter.parity.inputs import ParityPlan
-from exporter.parity.limits import rounding_limit
+from exporter.parity.limits import SIMULATION_COARSE
 from exporter.parity.report import VerifyReport
 from exporter.parity.verify import EngineUnderTest, verify_artifact, verify_build
 from exporter.passes.pipeline import fuse
@@ -112,7 +112,7 @@ def test_every_stage_and_the_engine_hold(name: str, workshop: Workshop) -> None:
     found = {check.name: check for check in report.stages[2].checks}
     rounds = any(precision.activations for precision in RECIPES[name].precisions)
     assert ("rounding_flips" in found) == rounds
-    assert (found["local_error"].limit == rounding_limit(RECIPES[name])) == rounds
+    assert (found["local_error"].limit == SIMULATION_COARSE) == rounds
 
 
 def test_hidden_states_of_a_rotated_model_are_compared_in_its_basis(workshop: Workshop) -> None:
