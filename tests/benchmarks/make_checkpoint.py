@@ -92,9 +92,12 @@ def write_weights(out: Path, shapes: dict[str, tuple[int, ...]], seed: int, limi
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def make_checkpoint(shape: str, out: Path, seed: int = 0, shard_bytes: int = 4_000_000_000) -> Path:
-    """Write config.json, generation_config.json, tokenizer and weights of a named shape into `out`."""
-    raw = SHAPES[shape]
+def make_checkpoint(
+    shape: str, out: Path, seed: int = 0, shard_bytes: int = 4_000_000_000, layers: int | None = None
+) -> Path:
+    """Write config.json, generation_config.json, tokenizer and weights of a named shape into `out`; `layers` cuts its
+    depth."""
+    raw = {**SHAPES[shape], **({"num_hidden_layers": layers} if layers else {})}
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(raw, indent=1))
     (out / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}))
@@ -109,8 +112,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-bytes", type=int, default=4_000_000_000)
+    parser.add_argument("--layers", type=int, help="only the first so many layers")
     arguments = parser.parse_args()
-    make_checkpoint(arguments.shape, arguments.out, arguments.seed, arguments.shard_bytes)
+    make_checkpoint(arguments.shape, arguments.out, arguments.seed, arguments.shard_bytes, arguments.layers)
 
 
 if __name__ == "__main__":
