@@ -13,14 +13,22 @@ SOURCE = Precision("fp32")
 PACKS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 """Matrices of a layer that the canonical model stacks into one."""
 FORMAT_SCALE_BITS = {"nvfp4": (8, 32), "mxfp4": (8, 0)}
-"""Bits of a group's scale and of a matrix's own, where the format says so, not the target."""
-CodeBits = Callable[[Precision], int]
-"""Bits that a weight of a precision takes where it is stored."""
+"""Bits of a group's scale and of a matrix's own, where the format says so."""
+MatrixBits = Callable[[Precision, int, int], int]
+"""Bits of a matrix (precision, rows, width) where it is stored: codes, scales and zero points."""
 
 
-def plain_bits(precision: Precision) -> int:
-    """The bits of the precision itself: nothing is filled up."""
-    return precision.bits
+def plain_matrix_bits(precision: Precision, rows: int, width: int, scale_bits: int = 32) -> int:
+    """The size of the format itself, whoever stores it: every scale once, zero points packed as the codes are.
+
+    `scale_bits`: of a scale that the format does not fix. Targets have `matrix_bits` of their own.
+    """
+    codes = rows * width * precision.bits
+    if not precision.is_coded:
+        return codes
+    of_group, of_matrix = FORMAT_SCALE_BITS.get(precision.kind, (scale_bits, 0))
+    groups = 1 if precision.group_size == TENSOR else rows * precision.groups(width)
+    return codes + groups * (of_group + (0 if precision.symmetric else precision.bits)) + of_matrix
 
 
 @dataclass(frozen=True)
@@ -41,20 +49,9 @@ class TensorCoverage:
     def parameters(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    def stored_bits(self, scale_bits: int, code_bits: CodeBits = plain_bits) -> int:
-        """Bits of codes, scales and zero points (packed as the codes are).
-
-        A target that stores other codes than the format's has its own scales too, `scale_bits` a group.
-        """
-        bits = code_bits(self.actual)
-        if not self.actual.is_coded:
-            return self.parameters * bits
-        per_group = scale_bits + (0 if self.actual.symmetric else bits)
-        of_matrix = 0
-        if self.actual.kind in FORMAT_SCALE_BITS and bits == self.actual.bits:
-            per_group, of_matrix = FORMAT_SCALE_BITS[self.actual.kind]
-        groups = 1 if self.actual.group_size == TENSOR else self.shape[0] * self.actual.groups(self.shape[1])
-        return self.parameters * bits + groups * per_group + of_matrix
+    def stored_bits(self, matrix_bits: MatrixBits = plain_matrix_bits) -> int:
+        """Bits of codes, scales and zero points where `matrix_bits` says how they are stored."""
+        return matrix_bits(self.actual, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -124,8 +121,8 @@ def _pack_faults(layer: int, recipe: Recipe) -> Iterator[str]:
             yield f"layers.{layer}: {parts}"
 
 
-def coverage(config: ModelConfig, recipe: Recipe, scale_bits: int = 32, code_bits: CodeBits = plain_bits) -> Coverage:
-    """What the recipe achieves on this architecture; `scale_bits` and `code_bits`: how a target stores it.
+def coverage(config: ModelConfig, recipe: Recipe, matrix_bits: MatrixBits = plain_matrix_bits) -> Coverage:
+    """What the recipe achieves on this architecture; `matrix_bits`, a target's: how large its engines are.
 
     Raises InputError where overrides make no sense (`check_layers`).
     """
@@ -139,7 +136,7 @@ def coverage(config: ModelConfig, recipe: Recipe, scale_bits: int = 32, code_bit
     tensors.append(_tensor("lm_head.weight", (vocabulary, hidden), recipe.lm_head))
     total = sum(t.parameters for t in tensors)
     covered = sum(t.parameters for t in tensors if t.covered)
-    return Coverage(tuple(tensors), covered / total, _bits_per_weight(config, tensors, scale_bits, code_bits))
+    return Coverage(tuple(tensors), covered / total, _bits_per_weight(config, tensors, matrix_bits))
 
 
 def gate(achieved: Coverage, min_coverage: float = 1.0) -> None:
@@ -167,13 +164,15 @@ def _tensor(name: str, shape: tuple[int, int], requested: Precision) -> TensorCo
     return TensorCoverage(name, shape, requested, actual, why)
 
 
-def _bits_per_weight(config: ModelConfig, tensors: list[TensorCoverage], scale_bits: int, code_bits: CodeBits) -> float:
+def _bits_per_weight(config: ModelConfig, tensors: list[TensorCoverage], matrix_bits: MatrixBits) -> float:
     embedding, head = tensors[0], tensors[-1]
-    stored = sum(t.stored_bits(scale_bits, code_bits) for t in tensors)
+    stored = sum(t.stored_bits(matrix_bits) for t in tensors)
     weights = sum(t.parameters for t in tensors)
     if config.tie_word_embeddings:
         weights -= head.parameters
-        stored -= head.stored_bits(scale_bits, code_bits) if head.actual == embedding.actual else 0
+        # What is asked of the head's input does not change its bytes.
+        shared = head.actual.weight_only == embedding.actual.weight_only
+        stored -= head.stored_bits(matrix_bits) if shared else 0
     return stored / weights
 
 

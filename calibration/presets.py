@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calibration.coverage import TensorCoverage
+from calibration.coverage import plain_matrix_bits
 from calibration.precision_text import DEFAULT_GROUP_SIZE as DEFAULT_GROUP_SIZE
 from calibration.precision_text import parse_precision as parse_precision
 from calibration.recipe_file import PARTS as PARTS
@@ -40,9 +40,8 @@ class Preset:
 
 
 def _bits(precision: Precision) -> float:
-    return TensorCoverage("", TYPICAL_SHAPE, precision, precision).stored_bits(32) / (
-        TYPICAL_SHAPE[0] * TYPICAL_SHAPE[1]
-    )
+    rows, width = TYPICAL_SHAPE
+    return plain_matrix_bits(precision, rows, width) / (rows * width)
 
 
 def _uniform(name: str, precision: Precision) -> Recipe:

@@ -191,9 +191,8 @@ def _recipe(options: CalibrationOptions) -> Recipe:
         lm_head=options.lm_head,
         embedding=options.embedding,
         kv_cache=options.kv_cache,
+        rotate=options.request.rotate,
     )
-    if options.request.rotate:
-        recipe = _rotated(recipe)
     if not recipe.calibrated and recipe.kv_cache != "int8":
         raise InputError(
             "calibrate.nothing",
@@ -206,13 +205,6 @@ def _recipe(options: CalibrationOptions) -> Recipe:
             "recipe.needs_data", "scales of an int8 KV cache come from text", "give a file of text: --calibration FILE"
         )
     return recipe
-
-
-def _rotated(recipe: Recipe) -> Recipe:
-    if not recipe.linear.is_integer:
-        what = f"--rotate with recipe {recipe.name}, whose layers are {recipe.linear.describe()}"
-        raise InputError("recipe.rotate", what, "a rotation is an option of int4, int6 and int8 recipes")
-    return replace(recipe, algorithms=("rotate", *(name for name in recipe.algorithms if name != "rotate")))
 
 
 def _check_out(out: Path, force: bool, checkpoint: Path) -> None:

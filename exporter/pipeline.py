@@ -123,7 +123,7 @@ def prepare(options: BuildOptions) -> Job:
     parameters = open_parameters(options)
     recipe = requested_recipe(options, target, parameters)
     options.calibration.check(recipe, target.calibrated_caches)
-    covered = coverage(built_config(config, recipe), recipe, target.scale_bits, target.code_bits)
+    covered = coverage(built_config(config, recipe), recipe, target.matrix_bits)
     limits = Limits(options.max_batch, options.sequence_limit(config))
     if blocker := first_blocker(options, target, config, recipe, covered):
         raise blocker
@@ -140,7 +140,7 @@ def calibrated_job(job: Job, checkpoint: Checkpoint, progress: Progress) -> Job:
     parameters = calibrate_for_build(checkpoint, job.recipe, job.options, progress)
     check_peak(job.options.max_ram, "calibrate")
     target, recipe = job.target, parameters.recipe
-    covered = coverage(built_config(job.config, recipe), recipe, target.scale_bits, target.code_bits)
+    covered = coverage(built_config(job.config, recipe), recipe, target.matrix_bits)
     if blocker := first_blocker(job.options, target, job.config, recipe, covered):
         raise blocker
     return replace(job, recipe=recipe, coverage=covered, parameters=parameters)

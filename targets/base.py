@@ -130,9 +130,6 @@ class Target(Protocol):
 
     name: str
 
-    scale_bits: int
-    """Bits of the scale of a group of integer weights, as the engine stores it."""
-
     calibrated_caches: frozenset[str]
     """Kinds of KV cache whose scales come from calibration: one for all keys, one for all values of a layer."""
 
@@ -153,8 +150,9 @@ class Target(Protocol):
         neither a recipe file nor the user named them."""
         ...
 
-    def code_bits(self, precision: Precision) -> int:
-        """Bits of a weight of this precision as the engine stores it, its scale not counted."""
+    def matrix_bits(self, precision: Precision, rows: int, width: int) -> int:
+        """Bits of a matrix [rows, width] in the engine's file: codes, scales and zero points. Rows that only fill up a
+        block of the kernels, and bytes up to the next page, are not counted."""
         ...
 
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:

@@ -65,6 +65,12 @@ def read_tokenizer(checkpoint: Path, config: ModelConfig) -> TokenizerFiles:
     return TokenizerFiles(files, size)
 
 
+def tokenizer_bytes(checkpoint: Path) -> int:
+    """About what an artifact keeps of it, from the sizes of the checkpoint's files; no file is read."""
+    paths = (checkpoint / name for name in (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, *COPIED))
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
 def vocabulary_size(data: bytes) -> int:
     """The largest id a tokenizer.json can produce, plus one. Raises InputError when it is not a tokenizer."""
     import tokenizers

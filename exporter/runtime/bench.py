@@ -81,9 +81,9 @@ def bytes_per_step(manifest: Manifest, batch: int, positions: float) -> float:
     the cached keys and values of `positions` positions in each row."""
     config = manifest.source.config
     matrices = coverage(config, manifest.recipe).tensors
-    target = get_target(manifest.target)
+    matrix_bits = get_target(manifest.target).matrix_bits
     read = [tensor for tensor in matrices if tensor.name != EMBEDDING]
-    bits = sum(tensor.stored_bits(target.scale_bits, target.code_bits) for tensor in read)
+    bits = sum(tensor.stored_bits(matrix_bits) for tensor in read)
     vectors = sum(shape[0] for shape in config.tensor_shapes.values() if len(shape) == 1)
     heads = 2 * config.num_layers * config.num_kv_heads
     cache = heads * kv_cache_bytes(manifest.recipe.kv_cache, config.head_dim) * positions

@@ -46,6 +46,22 @@ def stored_group(precision: Precision, width: int) -> int:
     return kernel_group(precision, width) if precision.is_integer else precision.group_of(width)
 
 
+def zero_point_bytes(bits: int, groups: int) -> int:
+    """Bytes of the zero points of a row: packed as the codes are, then up to a whole byte."""
+    return (groups * bits + 7) // 8
+
+
+def matrix_bits(precision: Precision, rows: int, width: int) -> int:
+    """Bits of a matrix [rows, width] in the file: codes, a float32 for each scale, zero points; gaps to the next page
+    are not counted. A row that no block divides is refused: one scale stands for all."""
+    bits = stored_bits(precision)
+    if not precision.is_coded:
+        return rows * width * bits
+    groups = width // (stored_group(precision, width) or width)
+    zero_points = 0 if precision.symmetric else 8 * zero_point_bytes(bits, groups)
+    return rows * (width * bits + 32 * groups + zero_points)
+
+
 def stored_rows(rows: QuantizedRows, group: int) -> StoredRows:
     """Rows as they lie in the file, with a scale for each `group` of weights."""
     kind = rows.precision.kind

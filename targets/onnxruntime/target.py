@@ -19,7 +19,7 @@ from targets.base import (
     refuse_devices,
 )
 from targets.onnxruntime.file_names import MODEL
-from targets.onnxruntime.stored_rows import in_blocks, stored_bits
+from targets.onnxruntime.stored_rows import in_blocks, matrix_bits
 from targets.onnxruntime.support import capabilities, recipe_support
 
 FP8_ROUNDINGS: dict[str, ActivationRounding] = {"fp8/token": "fp8-token", "fp8/tensor": "fp8-tensor"}
@@ -31,7 +31,6 @@ class OnnxRuntimeTarget:
     """Lowers the canonical model to GroupQueryAttention and MatMulNBits; targets.base.Target says what each does."""
 
     name = "onnxruntime"
-    scale_bits = 32
     calibrated_caches = frozenset({"int8"})
 
     def probe(self) -> Support:
@@ -55,8 +54,8 @@ class OnnxRuntimeTarget:
     def complete(self, recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
         return recipe
 
-    def code_bits(self, precision: Precision) -> int:
-        return stored_bits(precision)
+    def matrix_bits(self, precision: Precision, rows: int, width: int) -> int:
+        return matrix_bits(precision, rows, width)
 
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
         if in_blocks(precision):

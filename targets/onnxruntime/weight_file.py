@@ -19,7 +19,7 @@ from exporter.core.checkpoint import Checkpoint
 from exporter.core.disk import output_errors
 from exporter.core.weights import QuantizedRows, row_chunks, weight_shape
 from targets.base import RowReader
-from targets.onnxruntime.stored_rows import stored_bits, stored_group, stored_rows
+from targets.onnxruntime.stored_rows import stored_bits, stored_group, stored_rows, zero_point_bytes
 
 # ONNX Runtime maps external data when it starts on a page boundary.
 ALIGNMENT = 4096
@@ -76,7 +76,7 @@ class QuantizedMatrix:
     @property
     def zero_point_bytes(self) -> int:
         """Bytes of zero points in a row."""
-        return (self.groups * self.bits + 7) // 8
+        return zero_point_bytes(self.bits, self.groups)
 
     def select(self, name: str, rows: tuple[int, int]) -> "QuantizedMatrix":
         """Some of its rows (first, behind last) as a matrix called `name`: a view of the same bytes."""
@@ -196,7 +196,7 @@ class WeightFile:
             group_size=group,
             codes=self._reserve(rows * width * bits // 8),
             scales=self._reserve(rows * groups * 4),
-            zero_points=None if precision.symmetric else self._reserve(rows * ((groups * bits + 7) // 8)),
+            zero_points=None if precision.symmetric else self._reserve(rows * zero_point_bytes(bits, groups)),
         )
 
     def _write_quantized(self, matrix: QuantizedMatrix, start: int, chunk: QuantizedRows) -> None:

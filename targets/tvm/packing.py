@@ -17,8 +17,11 @@ from targets.tvm.formats import (
     E2M1,
     ROW_SCALED,
     TABLED,
+    factor_bytes,
     multiplies_integers,
+    scale_bytes,
     stored_group,
+    zero_point_bytes,
 )
 from targets.tvm.isa import Isa
 from targets.tvm.packing_float import STORAGE, pack_float, pack_fp8
@@ -98,8 +101,8 @@ class Layout:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of a scale in a record: float16, or one byte, E4M3 of nvfp4 and E8M0 of mxfp4."""
-        return 1 if self.kind in E2M1 else 2
+        """Bytes of a scale in a record; none of floats."""
+        return scale_bytes(self.precision)
 
     @property
     def zeros_at(self) -> int:
@@ -109,9 +112,7 @@ class Layout:
     @property
     def record(self) -> int:
         """Bytes of one group of columns of one block."""
-        if not self.integers:
-            return self.scales_at
-        return self.zeros_at + (0 if self.precision.symmetric else 2 * self.lanes)
+        return self.zeros_at + 2 * self.lanes * zero_point_bytes(self.precision)
 
     @property
     def row_scaled(self) -> bool:
@@ -125,7 +126,7 @@ class Layout:
 
     @property
     def block_bytes(self) -> int:
-        return self.factors_at + (8 * self.lanes if self.row_scaled else 0)
+        return self.factors_at + 2 * self.lanes * factor_bytes(self.precision)
 
     @property
     def block_values(self) -> int:

@@ -9,7 +9,7 @@ from exporter.core.progress import Progress
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
 from targets.base import ActivationRounding, BuildResult, BuildSource, DeviceOptions, Limits, Runner, RunOptions
-from targets.tvm import activations, support
+from targets.tvm import activations, formats, support
 from targets.tvm.defaults import completed
 from targets.tvm.devices import device_names, resolve_device
 from targets.tvm.link import can_link
@@ -24,7 +24,6 @@ class TvmTarget:
     """Lowers the canonical model to kernels of its own; targets.base.Target says what each method does."""
 
     name = "tvm"
-    scale_bits = 16
     calibrated_caches = frozenset[str]()
 
     def probe(self) -> Support:
@@ -51,8 +50,8 @@ class TvmTarget:
     def complete(self, recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
         return completed(recipe, unnamed)
 
-    def code_bits(self, precision: Precision) -> int:
-        return precision.bits
+    def matrix_bits(self, precision: Precision, rows: int, width: int) -> int:
+        return formats.matrix_bits(precision, rows, width)
 
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
         return activations.activation_rounding(precision)

@@ -8,12 +8,13 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from calibration.calibrate import CalibrateOptions, calibrate
-from calibration.coverage import coverage
+from calibration.coverage import coverage, plain_matrix_bits
 from calibration.data import CalibrationData, DataSummary
 from calibration.presets import load_recipe
 from calibration.qparams import QParams
@@ -31,7 +32,7 @@ from exporter.recipe_numbers import RecipeNumbers, calibrated_numbers, plain_num
 from targets.registry import get_target
 from tests.benchmarks.quality import Scorer
 
-SCALE_BITS = 16
+matrix_bits = partial(plain_matrix_bits, scale_bits=16)
 _FP32 = Precision("fp32")
 
 
@@ -139,7 +140,7 @@ def scorer(numbers: RecipeNumbers, recipe: Recipe) -> Scorer:
 def layer_bits(checkpoint: Checkpoint, recipe: Recipe) -> float:
     """Bits per weight of the decoder layers' matrices, scales and zero points included."""
     tensors = [tensor for tensor in coverage(checkpoint.config, recipe).tensors if ".layers." in tensor.name]
-    return sum(each.stored_bits(SCALE_BITS) for each in tensors) / sum(each.parameters for each in tensors)
+    return sum(each.stored_bits(matrix_bits) for each in tensors) / sum(each.parameters for each in tensors)
 
 
 def measured(checkpoint: Checkpoint, case: Case, ids: np.ndarray, work: Path) -> tuple[Scorer, float, float]:

@@ -1,11 +1,12 @@
 """What the recipe `auto` makes of measured units."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from calibration.auto import CANDIDATES, SCALE_BITS, AutoBudget, choose
-from calibration.coverage import coverage
+from calibration.coverage import coverage, plain_matrix_bits
 from calibration.presets import preset
 from calibration.sensitivity import Unit
 from exporter.core.checkpoint import Checkpoint
@@ -49,7 +50,8 @@ def test_bits_per_weight_are_those_of_coverage_and_within_the_target(tmp_path: P
     units = units_of(checkpoint, "layers.1.mlp_hidden")
     found = choose(checkpoint, preset("auto"), units, AutoBudget(target_bits=bits))
     assert found.bits_per_weight <= bits
-    counted = coverage(checkpoint.config, found.recipe, SCALE_BITS).bits_per_weight
+    matrix_bits = partial(plain_matrix_bits, scale_bits=SCALE_BITS)
+    counted = coverage(checkpoint.config, found.recipe, matrix_bits).bits_per_weight
     assert counted == pytest.approx(found.bits_per_weight, rel=1e-12)
 
 

@@ -1,10 +1,11 @@
 """Coverage from the config alone: sums written out by hand, the gate, and agreement with what is inserted."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from calibration.coverage import TensorCoverage, coverage, gate, kernel_group
+from calibration.coverage import coverage, gate, kernel_group, plain_matrix_bits
 from calibration.presets import PRESETS, load_recipe, parse_precision
 from exporter.core.config import ModelConfig, parse_config
 from exporter.core.errors import BudgetError, InputError
@@ -44,17 +45,41 @@ def test_bits_per_weight_counts_scales_and_zero_points() -> None:
     asymmetric, symmetric = 4 + (32 + 4) / 32, 4 + 32 / 32
     expected = (asymmetric * (2 * LAYER + TABLE) + symmetric * TABLE) / (2 * LAYER + 2 * TABLE)
     assert coverage(config(), recipe).bits_per_weight == pytest.approx(expected, rel=1e-12)
-    assert coverage(config(), load_recipe("int4-rtn", embedding="int4"), scale_bits=16).bits_per_weight == 4.5
+    halves = partial(plain_matrix_bits, scale_bits=16)
+    assert coverage(config(), load_recipe("int4-rtn", embedding="int4"), halves).bits_per_weight == 4.5
     six = load_recipe("int8-weight", lm_head="int6/g64", embedding="int6/g64")
     expected = ((8 + 32 / 32) * 2 * LAYER + (6 + 32 / 64) * 2 * TABLE) / (2 * LAYER + 2 * TABLE)
     assert coverage(config(), six).bits_per_weight == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(("target", "bits"), [("onnxruntime", 8 + 32 / 64), ("tvm", 6 + 16 / 64)])
-def test_bits_are_those_that_a_target_stores(target: str, bits: float) -> None:
-    target_, six = get_target(target), Precision("int6", 64)
-    found = coverage(config(), Recipe("six", six, six, six), target_.scale_bits, target_.code_bits)
-    assert found.bits_per_weight == pytest.approx(bits, rel=1e-12)
+@pytest.mark.parametrize(
+    ("text", "onnxruntime", "tvm"),
+    [
+        ("int6/g64", 8 + 32 / 64, 6 + 16 / 64),
+        ("int4/g64/asym", 4 + (32 + 8) / 64, 4 + (16 + 8) / 64),
+        ("int4/g32/asym", 4 + (32 + 4) / 32, 4 + (16 + 8) / 32),
+        ("int8/channel", 8 + 32 / 64, 8 + 16 / 64),
+        ("fp8/tensor", 8 + 32 / 64, 8 + 32 / 64),
+        ("fp8/channel", 8 + 32 / 64, 8 + 32 / 64),
+        ("nf4/g32", 4 + 32 / 32, 4 + 16 / 32),
+        ("nvfp4", 8 + 32 / 16, 4 + 8 / 16 + 32 / 64),
+        ("mxfp4", 8 + 32 / 32, 4 + 8 / 32),
+        ("bf16", 16, 16),
+    ],
+)
+def test_bits_are_those_that_a_target_stores(text: str, onnxruntime: float, tvm: float) -> None:
+    """Rows of 64; zero points take whole bytes of a row (onnxruntime), or a byte each (tvm)."""
+    each, square = parse_precision(text), config(intermediate_size=64)
+    for target, bits in (("onnxruntime", onnxruntime), ("tvm", tvm)):
+        found = coverage(square, Recipe("r", each, each, each), get_target(target).matrix_bits)
+        assert found.bits_per_weight == pytest.approx(bits, rel=1e-12), target
+
+
+def test_a_row_of_one_scale_repeats_it_for_each_group_of_the_kernels() -> None:
+    """Rows of 96 are cut into groups of 32, rows of 512 into groups of 256."""
+    found = {width: get_target("onnxruntime").matrix_bits(Precision("int8", -1), 10, width) for width in (96, 512)}
+    assert found == {96: 10 * (8 * 96 + 3 * 32), 512: 10 * (8 * 512 + 2 * 32)}
+    assert get_target("tvm").matrix_bits(Precision("int4", -1, False), 10, 512) == 10 * (4 * 512 + 2 * (16 + 8))
 
 
 @pytest.mark.parametrize(
@@ -71,17 +96,8 @@ def test_bits_are_those_that_a_target_stores(target: str, bits: float) -> None:
     ],
 )
 def test_bits_of_one_matrix(text: str, bits: float) -> None:
-    """The formats' own scales where they have some, else a target's of 32 bits."""
-    precision = parse_precision(text)
-    tensor = TensorCoverage("q", (64, 64), precision, precision)
-    assert tensor.stored_bits(32) == pytest.approx(bits * 64 * 64, rel=1e-12)
-
-
-def test_a_target_that_stores_other_codes_stores_other_scales() -> None:
-    """nvfp4 as integers of 8 bits: a float32 for each group, nothing for the matrix."""
-    precision = parse_precision("nvfp4")
-    tensor = TensorCoverage("q", (64, 64), precision, precision)
-    assert tensor.stored_bits(32, lambda p: 8) == 64 * 64 * (8 + 32 / 16)
+    """The formats' own scales where they have some, else 32 bits each."""
+    assert plain_matrix_bits(parse_precision(text), 64, 64) == bits * 64 * 64
 
 
 @pytest.mark.parametrize(
@@ -146,6 +162,8 @@ def test_a_tied_table_is_stored_once_when_both_uses_agree() -> None:
     shared = coverage(tied, load_recipe("int4-rtn", embedding="int4")).bits_per_weight
     apart = coverage(tied, load_recipe("int4-rtn", embedding="int8")).bits_per_weight
     assert shared == pytest.approx(5.0)
+    rounding = replace(load_recipe("int4-rtn", embedding="int4"), lm_head=parse_precision("int4/g32+int8/token"))
+    assert coverage(tied, rounding).bits_per_weight == shared, "what the head's input becomes takes no bytes"
     assert apart == pytest.approx((5 * (2 * LAYER + TABLE) + 9 * TABLE) / (2 * LAYER + TABLE))
 
 

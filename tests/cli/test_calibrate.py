@@ -85,7 +85,7 @@ def test_chats_go_through_the_checkpoints_template(
         (["--recipe", "int4-rtn"], 2, "calibrate.nothing"),
         (["--recipe", "int4-rtn", "--kv-cache", "fp8"], 2, "recipe.needs_data"),
         (["--recipe", "nothing"], 2, "recipe.unknown"),
-        (["--recipe", "fp8", "--rotate", "--calibration", "TEXT"], 2, "recipe.rotate"),
+        (["--recipe", "fp8", "--rotate", "--calibration", "TEXT"], 2, "recipe.algorithms"),
         (["--recipe", "int4-gptq", "--calibration", "missing.txt"], 2, "data.unreadable"),
         (["--recipe", "int4-gptq", "--calibration", "TEXT", "--group-size", "256"], 6, "coverage.missed"),
         (["--recipe", "int4-gptq", "--calibration", "TEXT", "--max-ram", "10M"], 6, "memory.calibrate"),
