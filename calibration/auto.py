@@ -2,7 +2,11 @@
 
 Units, and what each costs at each candidate precision, come from calibration.sensitivity; the choice from
 calibration.allocation. Budgets: bits per weight over all matrices, bytes of all weights, or mean KL against the model,
-as expected on the calibration text of weights rounded to nearest (algorithms such as GPTQ then stay below it).
+as expected on the calibration text.
+
+Costs are measured of weights rounded to nearest. What the recipe's algorithms leave of them differs: GPTQ a third of a
+layer's, more of the head's, and all of the embedding's, which is rounded to nearest in any case. GAINS are those of the
+example model (docs/benchmarks.md); without them a budget goes where GPTQ needs none of it.
 
 Sizes count codes and a float16 scale for each group, as target `tvm` stores them. Head and embedding that are one
 matrix get one precision, so that one table serves both.
@@ -33,6 +37,8 @@ DEFAULT_BITS = 4.5
 SCALE_BITS = 16
 SEQUENCES, LENGTH = 8, 256
 MEMORY = 512 << 20
+GAINS = {"gptq": {"layers": 0.3, "head": 0.6}, "awq": {"layers": 0.8, "head": 0.9}}
+"""Algorithm -> what it leaves of the cost of rounding to nearest."""
 PATTERNS = {
     "attention_input": ("self_attn.[qkv]_proj",),
     "attention_output": ("self_attn.o_proj",),
@@ -90,8 +96,16 @@ def resolve(
 def choose(checkpoint: Checkpoint, recipe: Recipe, units: Sequence[Unit], budget: AutoBudget) -> AutoChoice:
     """The recipe from measured units."""
     weights = sum(_parameters(checkpoint, name) for name in checkpoint.tensors)
-    found = _allocate(checkpoint, _choices(checkpoint, units), budget, weights)
+    left = [_after(unit, recipe.algorithms) for unit in units]
+    found = _allocate(checkpoint, _choices(checkpoint, left), budget, weights)
     return AutoChoice(_recipe(recipe, found), found.bits / weights, found.divergence, found.chosen)
+
+
+def _after(unit: Unit, algorithms: Sequence[str]) -> Unit:
+    """The unit with what the strongest of the algorithms leaves of its costs."""
+    gains = next((GAINS[name] for name in GAINS if name in algorithms), {})
+    gain = gains.get(unit.name.split(".")[0], 1.0)
+    return replace(unit, divergences={precision: gain * cost for precision, cost in unit.divergences.items()})
 
 
 def _choices(checkpoint: Checkpoint, units: Sequence[Unit]) -> dict[str, list[Choice]]:

@@ -1,5 +1,6 @@
 """What the recipe `auto` makes of measured units."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def test_a_tied_table_gets_one_precision(tmp_path: Path) -> None:
     found = choose(checkpoint, preset("auto"), units_of(checkpoint, "head"), AutoBudget(5.2)).recipe
     assert found.lm_head == found.embedding
     assert found.lm_head.bits > 4
+
+
+def test_what_an_algorithm_mends_gets_fewer_bits(tmp_path: Path) -> None:
+    """GPTQ mends layers, not the embedding: the same costs give the embedding more bits with it than without."""
+    checkpoint = checkpoint_of(tmp_path, "gqa")
+    units = units_of(checkpoint, "none")
+    by_algorithm = {
+        algorithms: choose(checkpoint, replace(preset("auto"), algorithms=algorithms), units, AutoBudget(4.9))
+        for algorithms in ((), ("gptq",))
+    }
+    plain, mended = (found.recipe.embedding.bits for found in by_algorithm.values())
+    assert mended > plain
+    assert by_algorithm[("gptq",)].expected_kl < by_algorithm[()].expected_kl
 
 
 def test_budgets_in_bytes_and_in_divergence(tmp_path: Path) -> None:
