@@ -52,7 +52,7 @@ def within_bits(units: Units, budget: float) -> Allocation:
         raise BudgetError(
             "auto.size",
             f"the smallest choices take {smallest / 8e6:.3g} MB, {budget / 8e6:.3g} MB asked",
-            "allow more bits, or name smaller precisions for head and embedding",
+            "allow more: --target-bits or --target-bytes",
         )
     table = _Table(units, smallest, budget)
     return table.allocation(CELLS)

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration import auto
 from calibration.activation_store import Activations, ActivationStore, batches
 from calibration.auto import AutoBudget
-from calibration.coverage import coverage, gate
+from calibration.coverage import AUTO, coverage, gate, prospective
 from calibration.data import CalibrationData
 from calibration.forecast import BATCH_TOKENS, activation_bytes, forecast_bytes, store_budget, working_bytes
 from calibration.qparams import QParams
@@ -69,8 +68,9 @@ def calibrate(
     `calibrate.not_finite`, `work_dir.*`), BudgetError (`coverage.missed`, `memory.calibrate`).
     """
     config = checkpoint.config
-    if recipe.name != auto.NAME:  # which chooses what fits
-        gate(coverage(config, recipe), options.min_coverage)
+    recipe = prospective(config, recipe)
+    # What `auto` cannot measure at any precision it cannot choose one for.
+    gate(coverage(config, recipe), 1.0 if recipe.name == AUTO else options.min_coverage)
     if data is None:
         _require_no_data(recipe)
         return _write_transforms(checkpoint, recipe, out, options)
@@ -177,7 +177,7 @@ class _Run:
             for number in range(self.config.num_layers + 1):
                 writer.add_part(QParams.open(self.work.part(number)))
             if report:
-                writer.add_report(auto.NAME, report)
+                writer.add_report(AUTO, report)
             return writer.finish()
 
     def _layer(self, layer: int, hidden: Activations) -> Activations:

@@ -3,13 +3,16 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from exporter.core.config import ModelConfig
 from exporter.core.errors import BudgetError, InputError
 from exporter.core.recipe import FIXED_GROUPS, GROUP_SIZES, TENSOR, Precision, Recipe
 
 SOURCE = Precision("fp32")
+AUTO = "auto"
+AUTO_GROUPS = (128, 64, 32)
+"""The recipe that chooses precisions itself, and the groups that its weights of 4 bits may have."""
 PACKS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 """Matrices of a layer that the canonical model stacks into one."""
 FORMAT_SCALE_BITS = {"nvfp4": (8, 32), "mxfp4": (8, 0)}
@@ -76,6 +79,16 @@ class Coverage:
                 for t in self.tensors
             ],
         }
+
+
+def prospective(config: ModelConfig, recipe: Recipe) -> Recipe:
+    """A recipe before calibration. `auto` names groups of 128 and chooses smaller ones where those do not divide a
+    width: it stands with the largest of its groups that divides them all, or the smallest. Others stay as they are."""
+    if recipe.name != AUTO or recipe.linear.group_size not in AUTO_GROUPS:
+        return recipe
+    widths = {shape[1] for shape in config.linear_shapes.values()}
+    fitting = (group for group in AUTO_GROUPS if all(width % group == 0 for width in widths))
+    return replace(recipe, linear=replace(recipe.linear, group_size=next(fitting, AUTO_GROUPS[-1])))
 
 
 def actual_precision(requested: Precision, width: int) -> Precision:

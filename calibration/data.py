@@ -73,10 +73,12 @@ def load(
 
     `render` writes chats; without one they are refused. Raises InputError (`data.*`, `tokenizer.*`).
     """
+    if length < 2:
+        raise InputError("data.tokens", f"sequences of {length} tokens", "give a --calibration-length of 2 or more")
     length = min(length, config.max_position_embeddings)
-    if tokens < length or length < 2:
+    if tokens < length:
         why = f"{tokens} calibration tokens do not fill one sequence of {length}"
-        raise InputError("data.tokens", why, f"ask for at least {max(length, 2)}")
+        raise InputError("data.tokens", why, f"ask for at least {length}")
     file = scan(path)
     tokenizer = _load_tokenizer(checkpoint_dir)
     wanted = tokens // length * length

@@ -5,6 +5,8 @@ is refused with its place in the file.
 """
 
 import hashlib
+import json
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ MAX_LINE_BYTES = 64 << 20
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 UTF8_MARK = b"\xef\xbb\xbf"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # Backspace, tab, line feed, vertical tab, form feed, carriage return and escape occur in real text.
 CONTROL_BYTES = bytes(sorted({*range(1, 32), 127} - {8, 9, 10, 11, 12, 13, 27}))
 # More than this fraction of other control bytes, and it is no text.
@@ -170,6 +173,9 @@ def _line_format(path: Path, number: int, line: bytes, position: int) -> str:
         raise InputError("data.line", f"{where} is not JSON: {error}", "write one JSON object a line") from error
     if not isinstance(value, dict):
         raise InputError("data.line", f"{where} is not a JSON object: {shorten(value)}", 'write {"text": "..."}')
+    if b"\\u" in line and (half := LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False))):
+        why = f"{where} has half of a surrogate pair, \\u{ord(half[0]):04x}, which is no character"
+        raise InputError("data.line", why, "write the file again, with characters whole")
     if isinstance(value.get("text"), str) and "messages" not in value:
         return "jsonl"
     messages = value.get("messages")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calibration.coverage import plain_matrix_bits
+from calibration.coverage import AUTO, plain_matrix_bits
 from calibration.precision_text import DEFAULT_GROUP_SIZE as DEFAULT_GROUP_SIZE
 from calibration.precision_text import parse_precision as parse_precision
 from calibration.recipe_file import PARTS as PARTS
@@ -146,6 +146,10 @@ def load_recipe(
     path = Path(source)
     found = _from_file(path) if path.suffix == ".toml" else RecipeFile(preset(str(source)), frozenset(), frozenset())
     recipe = found.recipe
+    options = {"--group-size": group_size, "--lm-head": lm_head, "--embedding": embedding}
+    if recipe.name == AUTO and (named := [option for option, value in options.items() if value is not None]):
+        what = f"{' and '.join(named)} with recipe auto, which chooses the precision of every matrix"
+        raise InputError("usage.auto", what, "leave them out, or calibrate with another recipe")
     if group_size is not None:
         recipe = _regroup(recipe, group_size)
     inherited = group_size or max(recipe.linear.group_size or 0, 0) or DEFAULT_GROUP_SIZE

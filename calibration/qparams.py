@@ -17,6 +17,7 @@ from calibration.recipe_json import recipe_from_json
 from calibration.transformed import TransformedCheckpoint
 from calibration.transforms import Transform, point_of
 from exporter.core.checkpoint import Checkpoint
+from exporter.core.config import ModelConfig
 from exporter.core.errors import InputError
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.safetensors_file import TensorInfo, read_rows, read_whole_header
@@ -72,9 +73,7 @@ class QParams:
     def check(self, checkpoint: Checkpoint) -> None:
         """InputError unless the file is whole (`qparams.part`), was made from this checkpoint
         (`qparams.other_checkpoint`) and fits it (`qparams.shape`, `transform.*`)."""
-        if self.part is not None:
-            what = f"{self.path.name} is a piece of a calibration under way ({shorten(self.part)})"
-            raise InputError("qparams.part", what, "give the file that `enginesmith calibrate` wrote at its end")
+        self._check_whole()
         if self.source_digest != checkpoint.digest:
             raise InputError(
                 "qparams.other_checkpoint",
@@ -82,8 +81,17 @@ class QParams:
                 f"this one has {checkpoint.digest[:12]}..",
                 "calibrate this checkpoint, or give the one the file was made from",
             )
-        config = (checkpoint.original if isinstance(checkpoint, TransformedCheckpoint) else checkpoint).config
+        self.check_config((checkpoint.original if isinstance(checkpoint, TransformedCheckpoint) else checkpoint).config)
+
+    def check_config(self, config: ModelConfig) -> None:
+        """The same as far as the architecture alone tells: no weight is read, so no digest is compared."""
+        self._check_whole()
         check_fits(config, self.transforms, self.codes, self.tensors)
+
+    def _check_whole(self) -> None:
+        if self.part is not None:
+            what = f"{self.path.name} is a piece of a calibration under way ({shorten(self.part)})"
+            raise InputError("qparams.part", what, "give the file that `enginesmith calibrate` wrote at its end")
 
     def rows(self, tensor: str, precision: Precision, start: int, stop: int) -> QuantizedRows | None:
         """Rows [start, stop) of a tensor as an algorithm chose them; None: round the transformed values to nearest."""

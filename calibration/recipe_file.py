@@ -6,7 +6,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from calibration.coverage import AUTO
 from calibration.precision_text import GROUP_NAMES, default_group
+from calibration.recipe_json import MAX_NAME
 from calibration.recipe_rules import checked
 from exporter.core.errors import InputError
 from exporter.core.recipe import (
@@ -50,6 +52,7 @@ def read_recipe_file(path: Path, preset: Callable[[str], Recipe]) -> RecipeFile:
     table = _table(path)
     _known_keys(path, table, {"base", "name", "kv_cache", "algorithms", "options", "layers", *PARTS})
     base, name = _string(path, table, "base", DEFAULT_BASE), _string(path, table, "name", path.stem)
+    _check_names(path, base, name)
     recipe = replace(preset(base), name=name)
     linear, lm_head, embedding = (
         _section_precision(path, part, _section(path, part, table.get(part, {})), getattr(recipe, part))
@@ -64,6 +67,15 @@ def read_recipe_file(path: Path, preset: Callable[[str], Recipe]) -> RecipeFile:
     recipe = replace(recipe, options=_options(path, options, recipe.options))
     recipe = replace(recipe, overrides=(*recipe.overrides, *_overrides(path, table.get("layers", {}), recipe.linear)))
     return RecipeFile(checked(recipe, frozenset(options)), frozenset(table), frozenset(options))
+
+
+def _check_names(path: Path, base: str, name: str) -> None:
+    """`auto` is chosen by measurement, under a goal: no file stands for it, nor builds on it."""
+    if base == AUTO:
+        what = f"{path.name}: base is 'auto', which chooses every precision itself"
+        raise InputError("recipe.file", what, "give --recipe auto, or another base")
+    if name == AUTO or not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        raise _bad_entry(path, "name", name[:80], "a printable text of its own, other than 'auto'")
 
 
 def checked_kv_cache(kind: str) -> str:
@@ -86,8 +98,9 @@ def _table(path: Path) -> dict[str, Any]:
 def _overrides(path: Path, tables: object, linear: Precision) -> list[Override]:
     """[layers."PATTERN"] tables in the order of the file."""
     return [
-        Override(pattern, _section_precision(path, f'layers."{pattern}"', _section(path, pattern, section), linear))
+        Override(pattern, _section_precision(path, where, _section(path, where, section), linear))
         for pattern, section in _section(path, "layers", tables).items()
+        for where in [f'layers."{pattern}"']
     ]
 
 

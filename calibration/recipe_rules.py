@@ -78,8 +78,8 @@ def _check_options(recipe: Recipe, named: frozenset[str]) -> None:
         raise _bad_option("smooth_alpha", f"is {options.smooth_alpha}: it must be from 0 to 1")
     if not 0 < options.damping <= 1:
         raise _bad_option("damping", f"is {options.damping}: it must be above 0, at most 1")
-    if options.block < 1:
-        raise _bad_option("block", f"is {options.block}: it must be at least 1")
+    if not 1 <= options.block < 1 << 31:
+        raise _bad_option("block", f"is {options.block}: it must be at least 1, below 2^31")
     if options.observer not in OBSERVERS:
         raise _bad_option("observer", f"is {options.observer!r}: it must be one of {', '.join(OBSERVERS)}")
     if not 50 < options.percentile <= 100:

@@ -4,6 +4,7 @@ import json
 
 from calibration import auto
 from calibration.auto import AutoBudget
+from calibration.coverage import AUTO
 from calibration.data import CalibrationData
 from calibration.progress_parts import PartOfStage
 from calibration.recipe_json import recipe_from_json, recipe_to_json
@@ -32,7 +33,7 @@ def resolved(
 
     `checkpoint` is the source with its rotations. A choice is made once: a resumed run takes that of the first.
     """
-    if recipe.name != auto.NAME:
+    if recipe.name != AUTO:
         return recipe, {}, progress
     if not work.chosen.is_file():
         choice = auto.resolve(checkpoint, recipe, data, budget, PartOfStage(progress, 0.0, AUTO_SHARE))

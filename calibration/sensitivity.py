@@ -9,6 +9,7 @@ measured.
 All variants pass through a layer together, so that every weight is read once; their hidden states wait in the store.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from calibration.rtn import magnitude, quantize_rows, wants_tensor_amax
 from calibration.transforms import CONSUMERS
 from exporter.core.canonical import CheckpointWeight
 from exporter.core.checkpoint import EMBEDDING, HEAD, Checkpoint
+from exporter.core.errors import InputError
 from exporter.core.recipe import Precision
 from exporter.core.weights import read_weight_rows, row_chunks
 
@@ -46,10 +48,19 @@ def measure(
     """The cost of every unit of the model at every candidate, over sequences of ids [n, S].
 
     Units: `embedding`, `layers.3.attention_input` ... (points of calibration.transforms), `head`. Candidates that
-    do not divide a unit's width are left out there. `advance(fraction, detail)` reports progress.
+    do not divide a unit's width are left out there. InputError (`calibrate.not_finite`) names a unit without a cost.
+    `advance(fraction, detail)` reports progress.
     """
     with torch.inference_mode():
-        return _Measurement(checkpoint, ids, list(candidates), store, advance).run()
+        units = _Measurement(checkpoint, ids, list(candidates), store, advance).run()
+    for unit in units:
+        if not all(map(math.isfinite, unit.divergences.values())):
+            raise InputError(
+                "calibrate.not_finite",
+                f"rounding {unit.name} changes the model by NaN or Inf: its sensitivity cannot be measured",
+                "the model overflows in float32 on this text: check the checkpoint, this layer and those before it",
+            )
+    return units
 
 
 class _Measurement:

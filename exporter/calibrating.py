@@ -147,7 +147,7 @@ def load_data(
         checkpoint.path,
         checkpoint.config,
         tokens=request.tokens or _default_tokens(),
-        length=length or DEFAULT_LENGTH,
+        length=DEFAULT_LENGTH if length is None else length,
         seed=request.seed,
         render=chat_renderer(checkpoint),
     )

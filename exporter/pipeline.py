@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.coverage import Coverage, coverage
+from calibration.coverage import Coverage, coverage, prospective
 from calibration.qparams import QParams
 from exporter.artifact.calibration_record import record_of
 from exporter.artifact.host import check_host
@@ -120,8 +120,9 @@ def prepare(options: BuildOptions) -> Job:
     target = get_target(options.target)
     config = ModelConfig.from_directory(options.checkpoint)
     target.check_device(options.device)
-    parameters = open_parameters(options)
+    parameters = open_parameters(options, config)
     recipe = requested_recipe(options, target, parameters)
+    recipe = recipe if parameters else prospective(config, recipe)
     options.calibration.check(recipe, target.calibrated_caches)
     covered = coverage(built_config(config, recipe), recipe, target.matrix_bits)
     limits = Limits(options.max_batch, options.sequence_limit(config))

@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 
-from calibration.coverage import Coverage, coverage, gate
+from calibration.coverage import Coverage, coverage, gate, prospective
 from calibration.qparams import QParams
 from calibration.transforms import FoldNorms, transformed_config
 from exporter.artifact.tokenizer_files import tokenizer_bytes
@@ -91,8 +91,9 @@ def make_plan(options: BuildOptions) -> Plan:
     target = get_target(options.target)
     config = ModelConfig.from_directory(options.checkpoint)
     target.check_device(options.device)
-    parameters = open_parameters(options)
+    parameters = open_parameters(options, config)
     recipe = requested_recipe(options, target, parameters)
+    recipe = recipe if parameters else prospective(config, recipe)
     options.calibration.check_recipe(recipe, target.calibrated_caches)
     built = built_config(config, recipe)
     covered = coverage(built, recipe, target.matrix_bits)
@@ -123,10 +124,14 @@ def data_notes(options: BuildOptions, recipe: Recipe, target: Target) -> list[st
     return [f"{error.message}: {error.remedy}"] if error else []
 
 
-def open_parameters(options: BuildOptions) -> QParams | None:
-    """The file of `--qparams`, its header read and checked."""
+def open_parameters(options: BuildOptions, config: ModelConfig) -> QParams | None:
+    """The file of `--qparams`, its header read and checked, also against the architecture."""
     path = options.calibration.qparams
-    return QParams.open(path) if path is not None else None
+    if path is None:
+        return None
+    parameters = QParams.open(path)
+    parameters.check_config(config)
+    return parameters
 
 
 def built_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:

@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 
-from calibration.coverage import coverage, gate, kernel_group, plain_matrix_bits
+from calibration.auto import CANDIDATES
+from calibration.coverage import AUTO_GROUPS, coverage, gate, kernel_group, plain_matrix_bits, prospective
 from calibration.presets import PRESETS, load_recipe, parse_precision
 from exporter.core.config import ModelConfig, parse_config
 from exporter.core.errors import BudgetError, InputError
@@ -175,6 +176,14 @@ def test_a_width_that_groups_do_not_divide_stays_fp32_and_lowers_the_fraction() 
     missed = 2 * 64 * 176
     total = 2 * (LAYER + 3 * 64 * (176 - 128)) + 2 * TABLE
     assert found.fraction == pytest.approx(1 - missed / total)
+
+
+@pytest.mark.parametrize(("width", "group"), [(256, 128), (192, 64), (160, 32), (200, 32)])
+def test_auto_stands_with_the_largest_group_that_divides_all_widths(width: int, group: int) -> None:
+    model = config(hidden_size=128, intermediate_size=width)
+    assert prospective(model, PRESETS["auto"].recipe).linear == Precision("int4", group)
+    assert prospective(model, PRESETS["int4-gptq"].recipe) == PRESETS["int4-gptq"].recipe
+    assert [p.group_size for p in CANDIDATES if p.kind == "int4"] == list(AUTO_GROUPS)
 
 
 def test_the_gate_names_every_module_as_a_pattern() -> None:

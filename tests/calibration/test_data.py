@@ -127,6 +127,8 @@ REFUSED = {
     "a line of another kind": (GOOD * 2 + b'{"messages": []}\n', "data.mixed", "line 3"),
     "without the keys": (GOOD + b'{"txt": "words"}\n', "data.keys", "line 2"),
     "text that is none": (GOOD + b'{"text": 3}\n', "data.keys", "line 2"),
+    "half a surrogate pair": (GOOD + b'{"text": "a \\ud83d b"}\n', "data.line", "line 2 has half of a surrogate pair"),
+    "half a pair in a chat": (b'{"messages": [{"role": "user", "content": "\\udc00"}]}\n', "data.line", "udc00"),
     "an array": (GOOD + b"[1]\n", "data.line", "line 2"),
     "a chat": (b'{"messages": [{"role": "user", "content": "words"}]}\n', "data.chat_template", "no chat template"),
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
@@ -13,6 +14,7 @@ from calibration.divergence import mean_divergences
 from calibration.rtn import quantize_rows
 from calibration.sensitivity import Unit, measure
 from exporter.core.checkpoint import Checkpoint
+from exporter.core.errors import InputError
 from exporter.core.recipe import Precision
 from tests.support.tiny import write_checkpoint
 
@@ -88,3 +90,12 @@ def test_divergences_are_those_of_whole_logits() -> None:
         kl = functional.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean")
         # Log-sum-exps near 5 are rounded to float32: 2.4e-7 each.
         assert found[name] == pytest.approx(float(kl), abs=1e-6)
+
+
+def test_a_unit_whose_cost_overflows_is_named(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "m", "gqa")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e30
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"rounding layers\.0\.mlp_hidden changes the model by NaN or Inf"):
+        measured(path, np.arange(32).reshape(2, 16), tmp_path)

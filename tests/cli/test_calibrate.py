@@ -91,6 +91,8 @@ def test_chats_go_through_the_checkpoints_template(
         (["--recipe", "int4-gptq", "--calibration", "TEXT", "--max-ram", "10M"], 6, "memory.calibrate"),
         (["--recipe", "int4-gptq", "--calibration", "TEXT", "--target-bits", "4.5"], 2, "usage.goal"),
         (["--recipe", "auto", "--calibration", "TEXT"], 2, "usage.goal"),
+        (["--recipe", "auto", "--calibration", "TEXT", "--target-bits", "6", "--lm-head", "bf16"], 2, "usage.auto"),
+        (["--recipe", "int4-gptq", "--calibration", "TEXT", "--calibration-length", "0"], 2, "data.tokens"),
         (["--recipe", "int4-gptq", "--calibration", "TEXT", "--calibration-tokens", "0"], 2, "usage.calibration"),
         (["--recipe", "int4-gptq", "--calibration", "TEXT", "--out", "."], 2, "output.directory"),
         (["--recipe", "int4-gptq", "--calibration", "TEXT", "--out", "no/such/place"], 2, "output.missing"),
@@ -110,3 +112,13 @@ def test_refused(
     found, printed, _ = call(capfd, "calibrate", str(tiny_checkpoint("gqa")), *given, *out, "--json")
     assert (found, json.loads(printed)["error"]["kind"]) == (code, kind)
     assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_auto_names_the_widths_that_none_of_its_groups_divides(
+    capfd: pytest.CaptureFixture[str], tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    path = tiny_checkpoint("gqa", intermediate_size=200)
+    out = ["--out", str(tmp_path / "q"), "--calibration", str(text), "--target-bits", "6", *SMALL]
+    code, printed, _ = call(capfd, "calibrate", path, "--recipe", "auto", *out)
+    error = json.loads(printed)["error"]
+    assert (code, error["kind"]) == (6, "coverage.missed") and "mlp.down_proj (K=200" in error["message"]

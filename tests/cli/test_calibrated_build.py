@@ -102,6 +102,21 @@ def test_plan_says_which_matrices_are_stored(checkpoint: Path, qparams: Path) ->
     assert {m["source"] for m in finer.json["matrices"]} == {"derived"}
 
 
+def test_plan_refuses_parameters_of_another_architecture(tiny_checkpoint: Factory, qparams: Path) -> None:
+    found = enginesmith("plan", tiny_checkpoint("mha"), "--target", "onnxruntime", "--qparams", qparams, "--json")
+    assert (found.code, found.json["error"]["kind"]) == (2, "qparams.shape")
+
+
+def test_plan_of_auto_takes_groups_that_divide_the_widths(checkpoint: Path, tiny_checkpoint: Factory) -> None:
+    goal = ("--target", "onnxruntime", "--recipe", "auto", "--target-bits", 6, "--json")
+    found = enginesmith("plan", checkpoint, *goal)
+    assert found.code == 0, found.err
+    assert "int4/g64" in {tensor["requested"] for tensor in found.json["coverage"]["tensors"]}
+    uneven = tiny_checkpoint("gqa", intermediate_size=200)
+    refused = enginesmith("plan", uneven, *goal)
+    assert refused.code == 6 and "mlp.down_proj" in refused.err
+
+
 def test_plan_of_a_recipe_that_needs_text_works_without(checkpoint: Path) -> None:
     found = enginesmith("plan", checkpoint, "--target", "onnxruntime", "--recipe", "int4-gptq", "--json")
     assert found.code == 0 and any("--calibration" in note for note in found.json["unsupported"])
