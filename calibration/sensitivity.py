@@ -55,12 +55,13 @@ def measure(
         units = _Measurement(checkpoint, ids, list(candidates), store, advance).run()
     for unit in units:
         if not all(map(math.isfinite, unit.divergences.values())):
-            raise InputError(
-                "calibrate.not_finite",
-                f"rounding {unit.name} changes the model by NaN or Inf: its sensitivity cannot be measured",
-                "the model overflows in float32 on this text: check the checkpoint, this layer and those before it",
-            )
+            raise _not_finite(f"rounding {unit.name} changes the model by NaN or Inf, which measures nothing")
     return units
+
+
+def _not_finite(what: str) -> InputError:
+    remedy = "the model overflows in float32 on this text: check the checkpoint, this layer and those before it"
+    return InputError("calibrate.not_finite", what, remedy)
 
 
 class _Measurement:
@@ -144,7 +145,7 @@ class _Measurement:
             change = torch.from_numpy(np.concatenate([rounded[name] - weights[name] for name in weights]))
             errors[precision] = sum(
                 float((x.reshape(-1, width) @ change.T).square().sum(dtype=torch.float64))
-                for x in self._inputs(layer, point)
+                for x in self._inputs(layer, index, point)
             )
             if precision == reference:
                 self._add_variant(layer, f"layers.{index}.{point}", weights, rounded)
@@ -167,15 +168,18 @@ class _Measurement:
             hidden = layer.after_mlp(hidden, layer.mlp_hidden(layer.mlp_input(hidden)))
             out.write(start, hidden.numpy())
 
-    def _inputs(self, layer: DecoderLayer, point: str) -> Iterator[torch.Tensor]:
-        """The base's value at a point of the layer, batch by batch."""
+    def _inputs(self, layer: DecoderLayer, index: int, point: str) -> Iterator[torch.Tensor]:
+        """The base's value at a point of the layer, batch by batch. InputError where it is not finite."""
         for start, stop in batches(self.shape[0], BATCH):
             hidden = torch.from_numpy(self.base.read(start, stop))
             x = layer.attention_input(hidden)
             if point != "attention_input":
                 context = layer.attend(x).context
                 x = context if point == "attention_output" else layer.mlp_input(layer.after_attention(hidden, context))
-            yield layer.mlp_hidden(x) if point == "mlp_hidden" else x
+            x = layer.mlp_hidden(x) if point == "mlp_hidden" else x
+            if not bool(torch.isfinite(x).all()):
+                raise _not_finite(f"layer {index}: {point} holds NaN or Inf")
+            yield x
 
     def _head(self) -> None:
         name = self.config.head_source

@@ -92,10 +92,18 @@ def test_divergences_are_those_of_whole_logits() -> None:
         assert found[name] == pytest.approx(float(kl), abs=1e-6)
 
 
-def test_a_unit_whose_cost_overflows_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "factor", "words"),
+    [
+        (["down"], 1e30, r"rounding layers\.0\.mlp_hidden changes the model by NaN or Inf"),
+        (["gate", "up"], 1e25, "layer 0: mlp_hidden holds NaN or Inf"),
+    ],
+)
+def test_a_layer_that_overflows_is_named(tmp_path: Path, names: list[str], factor: float, words: str) -> None:
     path = write_checkpoint(tmp_path / "m", "gqa")
     tensors = load_file(path / "model.safetensors")
-    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e30
+    for name in names:
+        tensors[f"model.layers.0.mlp.{name}_proj.weight"] *= factor
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"rounding layers\.0\.mlp_hidden changes the model by NaN or Inf"):
+    with pytest.raises(InputError, match=words):
         measured(path, np.arange(32).reshape(2, 16), tmp_path)
