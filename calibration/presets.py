@@ -91,8 +91,9 @@ PRESETS: dict[str, Preset] = {
             "4-bit codes of QLoRA's 16 levels, which fit normally distributed weights; a scale per 64.",
         ),
         Preset(
-            Recipe("w4a8", _W4A8, _INT4, _INT8, algorithms=("gptq",)),
-            "4-bit weights by GPTQ times 8-bit activations, a scale a token.",
+            Recipe("w4a8", _W4A8, _INT4, _INT8, algorithms=("smoothquant", "gptq")),
+            "4-bit weights by GPTQ times 8-bit activations, a scale a token; outliers of activations are moved into "
+            "the weights first (SmoothQuant).",
         ),
         Preset(
             Recipe("fp8", _FP8_TENSOR, _BF16, _BF16),
@@ -111,7 +112,7 @@ PRESETS: dict[str, Preset] = {
             "E2M1 weights with a power of two per 32, as the OCP standard has them.",
         ),
         Preset(
-            Recipe("auto", Precision("int4", 128), _INT4, _INT8, algorithms=("gptq",)),
+            Recipe("auto", Precision("int4", 128), _INT4, _INT8, algorithms=("awq", "gptq")),
             "Measures each layer's sensitivity and gives it 4, 6 or 8 bits, under --target-bits, --target-bytes or "
             "--max-kl.",
         ),

@@ -18,6 +18,7 @@ from calibration.auto import AutoBudget
 from calibration.calibrate import CalibrateOptions, calibrate
 from calibration.coverage import coverage
 from calibration.presets import preset
+from calibration.qparams import QParams
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.progress import NoProgress
 from exporter.core.recipe import Precision, Recipe
@@ -30,7 +31,8 @@ from tests.benchmarks.report import show
 
 def uniform(kind: str, group: int, *algorithms: str) -> Recipe:
     precision = Precision(kind, group)
-    return Recipe("-".join([precision.describe(), *algorithms]), precision, precision, precision, algorithms=algorithms)
+    name = "-".join([precision.describe().replace("/", " "), *algorithms])
+    return Recipe(name, precision, precision, precision, algorithms=algorithms)
 
 
 UNIFORM = (
@@ -50,7 +52,9 @@ def auto_row(checkpoint: Checkpoint, algorithms: tuple[str, ...], bits: float, i
     begun = time.perf_counter()
     recipe = replace(preset("auto"), algorithms=algorithms)
     out = work / f"auto-{'-'.join(algorithms)}-{bits}-{checkpoint.digest[:8]}.safetensors"
-    out.unlink(missing_ok=True)
+    if out.exists():
+        found = QParams.open(out)
+        return found.recipe, found, 0.0
     options = CalibrateOptions(budget=AutoBudget(target_bits=bits))
     found = calibrate(checkpoint, recipe, calibration_ours.data_of(ids), out, options, NoProgress())
     return found.recipe, found, time.perf_counter() - begun

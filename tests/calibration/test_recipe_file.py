@@ -166,5 +166,5 @@ def test_an_algorithm_may_be_for_some_layers_alone(tmp_path: Path) -> None:
 
 def test_the_base_brings_its_algorithms_and_options(tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path / "a.toml", 'base = "w4a8"\n[options]\nblock = 64\n'))
-    assert recipe.algorithms == ("gptq",) and recipe.options == AlgorithmOptions(block=64)
+    assert recipe.algorithms == ("smoothquant", "gptq") and recipe.options == AlgorithmOptions(block=64)
     assert not read_recipe(write(tmp_path / "b.toml", 'base = "w4a8"\nalgorithms = []\n')).algorithms
