@@ -172,7 +172,11 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _from_file(path: Path) -> RecipeFile:
-    return read_recipe_file(path, preset)
+    found = read_recipe_file(path, preset)
+    if (name := found.recipe.name) in PRESETS:
+        what = f"{path.name}: the recipe is called {name!r}, as a preset is, which may mean something else"
+        raise InputError("recipe.file", what, 'give it a name of its own: name = "..." in the file')
+    return found
 
 
 def _regroup(recipe: Recipe, group_size: int) -> Recipe:

@@ -20,6 +20,7 @@ from calibration.transforms import ScaleInput, Transform
 from exporter.core.disk import output_errors
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.safetensors_file import TensorInfo
+from exporter.core.temporary_directory import CALIBRATION, create
 from exporter.core.weights import QuantizedRows
 
 COPY_BYTES = 1 << 20
@@ -135,17 +136,16 @@ class QParamsWriter:
 
     def finish(self) -> QParams:
         """Writes header and data under the final name and opens the result."""
-        folder = self.path.absolute().parent
         with output_errors(self.path):
-            file = tempfile.NamedTemporaryFile(prefix=f".{self.path.name}.", dir=folder, delete=False)  # noqa: SIM115
+            folder = create(self.path, CALIBRATION)
             try:
-                with file:
+                written = folder.path / self.path.name
+                with written.open("wb") as file:
                     self._write(file)
-                QParams.open(file.name)
-                Path(file.name).replace(self.path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+                QParams.open(written)
+                written.replace(self.path)
+            finally:
+                folder.remove()
         self._spool.close()
         return QParams.open(self.path)
 

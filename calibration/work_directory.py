@@ -12,8 +12,6 @@ after the last finished layer and ends with the same bytes. It refuses to go on 
 
 import fcntl
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from pathlib import Path
 
 from exporter.core.disk import output_errors
 from exporter.core.errors import InputError
+from exporter.core.temporary_directory import CALIBRATION, create, remove_abandoned
 
 BINDING = "binding.json"
 
@@ -63,16 +62,18 @@ class WorkDirectory:
 def work_directory(named: Path | None, out: Path, binding: Mapping[str, object]) -> Iterator[WorkDirectory]:
     """The named directory, locked and bound to this calibration, or a temporary one beside `out`.
 
+    Temporary ones that killed calibrations of `out` left are removed.
     Raises InputError (`work_dir.other`, `work_dir.in_use`, `output.write`).
     """
     if named is None:
         with output_errors(out):
-            temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+            temporary = create(out, CALIBRATION)
         try:
-            yield WorkDirectory(temporary, resumable=False)
+            yield WorkDirectory(temporary.path, resumable=False)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.remove()
         return
+    remove_abandoned(out, CALIBRATION)
     with output_errors(named):
         named.mkdir(parents=True, exist_ok=True)
         lock = (named / BINDING).open("a+", encoding="utf-8")

@@ -1,7 +1,5 @@
 """Calibration as the command line and the API ask for it: files are checked, text is read, parameters are written."""
 
-import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from exporter.core.disk import output_errors
 from exporter.core.errors import InputError
 from exporter.core.progress import NoProgress, Progress, stage
 from exporter.core.recipe import Recipe
+from exporter.core.temporary_directory import CALIBRATION, create
 from exporter.memory import peak_resident_bytes
 
 if TYPE_CHECKING:
@@ -110,16 +109,16 @@ def calibrate_for_build(
     data = load_data(checkpoint, options.calibration)
     with output_errors(options.out):
         options.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f".{options.out.name}.calibration-", dir=options.out.absolute().parent)
+        folder = create(options.out, CALIBRATION)
     try:
         work = replace(
             calibrate_options(options.calibration, options.max_ram, options.threads), min_coverage=options.min_coverage
         )
-        found = calibrate(checkpoint, recipe, data, Path(folder) / "parameters.qparams", work, progress)
+        found = calibrate(checkpoint, recipe, data, folder.path / "parameters.qparams", work, progress)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
         raise
-    weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(found, folder.remove)
     return found
 
 

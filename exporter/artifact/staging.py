@@ -1,12 +1,10 @@
 """An output directory that appears complete or not at all.
 
 Everything is written to a private directory beside the final one, `.<name>.building-<pid>-<random>`,
-and renamed at the end. The directory is locked (flock) while its builder lives, so that what a killed
-builder left behind is recognised, also across containers that share a disk but not their process ids.
+and renamed at the end. What killed builders left behind is removed (exporter/core/temporary_directory.py).
 """
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,8 +13,18 @@ from pathlib import Path
 from exporter.artifact.rename import exchange, rename_new
 from exporter.core.disk import FULL, full
 from exporter.core.errors import InputError
+from exporter.core.temporary_directory import (
+    CALIBRATION,
+    TemporaryDirectory,
+    beside,
+    create,
+    process_is_dead,
+    remove_abandoned,
+    siblings,
+)
 
 MANIFEST = "manifest.json"
+BUILDING = "building"
 
 
 @contextmanager
@@ -26,12 +34,13 @@ def staged_directory(final: Path, force: bool = False, source: Path | None = Non
     An artifact already at `final` is replaced, at the very end, only with `force`. `source`, the
     checkpoint, is guarded against being overwritten. Raises InputError (`output.*`), also when the disk is full.
     """
-    final = _absolute(final)
+    final = beside(final)
     check_output(final, force, source)
     with _parents(final):
         remove_stale(final)
         check_output(final, force, source)  # again: an artifact may have been restored
-        staging, lock = _create(final)
+        directory = _create(final)
+        staging = directory.path
         try:
             yield staging
             _sync(staging)
@@ -42,8 +51,7 @@ def staged_directory(final: Path, force: bool = False, source: Path | None = Non
             raise
         finally:
             # After success this path holds the replaced artifact, or nothing.
-            shutil.rmtree(staging, ignore_errors=True)
-            os.close(lock)
+            directory.remove()
 
 
 @contextmanager
@@ -67,7 +75,7 @@ def _parents(final: Path) -> Iterator[None]:
 
 def check_output(final: Path, force: bool, source: Path | None = None) -> None:
     """Refuse an output path that cannot or must not be written, before any work is done."""
-    final = _absolute(final)
+    final = beside(final)
     if final.is_symlink():
         raise InputError("output.symlink", f"{final} is a symbolic link", "give the directory it points to")
     if source is not None:
@@ -97,11 +105,6 @@ def _check_parent(final: Path) -> None:
         raise InputError("output.unwritable", f"{parent} is not writable", "choose a directory you may write to")
 
 
-def _absolute(final: Path) -> Path:
-    """The path with its parent resolved and its own name kept, which may be a link that must be refused."""
-    return final.parent.resolve() / final.name if final.name not in ("", "..") else final.resolve()
-
-
 def _guard_source(final: Path, source: Path) -> None:
     checkpoint, target = source.resolve(), final.resolve()
     if target == checkpoint or target in checkpoint.parents or checkpoint in target.parents:
@@ -112,83 +115,27 @@ def _guard_source(final: Path, source: Path) -> None:
         )
 
 
-def _create(final: Path) -> tuple[Path, int]:
-    """A new, empty, locked directory beside `final`, and the descriptor that holds its lock."""
-    while True:
-        staging = final.parent / f".{final.name}.building-{os.getpid()}-{secrets.token_hex(6)}"
-        try:
-            staging.mkdir(mode=0o777)
-        except OSError as error:
-            if error.errno in FULL:
-                raise full(final, error) from error
-            raise InputError(
-                "output.unwritable", f"cannot write beside {final}: {error.strerror}", "choose another --out"
-            ) from error
-        with suppress(FileNotFoundError):
-            descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
-            # Another build's clean-up may have taken the directory before it was locked.
-            if _lock(descriptor) is not False and staging.exists():
-                return staging, descriptor
-            os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Take the lock: True, False if its builder lives, None where the file system has no locks."""
-    import fcntl
-
+def _create(final: Path) -> TemporaryDirectory:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
+        return create(final, BUILDING, mode=0o777)
+    except OSError as error:
+        if error.errno in FULL:
+            raise full(final, error) from error
+        raise InputError(
+            "output.unwritable", f"cannot write beside {final}: {error.strerror}", "choose another --out"
+        ) from error
 
 
 def remove_stale(final: Path) -> None:
     """Remove what killed builds of `final` left beside it; restore an artifact one was about to replace."""
-    for path in _siblings(final, "replaced"):
-        if not _is_dead(_pid(path)):
+    for path in siblings(final, "replaced"):
+        if not process_is_dead(path):
             continue
         if os.path.lexists(final):
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.rename(final)
-    for path in _siblings(final, "building"):
-        _remove_abandoned(path)
-
-
-def _siblings(final: Path, state: str) -> list[Path]:
-    prefix = f".{final.name}.{state}-"
-    return [path for path in final.parent.iterdir() if path.name.startswith(prefix) and path.is_dir()]
-
-
-def _remove_abandoned(path: Path) -> None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return
-    try:
-        taken = _lock(descriptor)
-        if taken or (taken is None and _is_dead(_pid(path))):
-            # The lock is held meanwhile: a builder that has just made this directory must notice.
-            shutil.rmtree(path, ignore_errors=True)
-    finally:
-        os.close(descriptor)
-
-
-def _pid(path: Path) -> str:
-    return path.name.rsplit("-", 2)[-2]
-
-
-def _is_dead(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError, OverflowError):
-        return False
-    return False
+    remove_abandoned(final, BUILDING, CALIBRATION)
 
 
 def _sync(directory: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from exporter.artifact import rename, staging
+from exporter.artifact import rename
 from exporter.artifact.staging import check_output, staged_directory
+from exporter.core import temporary_directory
 from exporter.core.errors import InputError
 
 
@@ -171,6 +172,13 @@ def test_what_a_killed_build_left_is_removed_by_the_next_and_a_living_one_is_spa
             builder.stdout.close()
 
 
+def test_a_build_removes_what_a_killed_calibration_left(tmp_path: Path) -> None:
+    (tmp_path / ".engine.calibration-1-abc" / "deep").mkdir(parents=True)
+    with staged_directory(tmp_path / "engine"):
+        pass
+    assert names(tmp_path) == ["engine"]
+
+
 def test_similar_names_are_not_taken_for_leftovers(tmp_path: Path) -> None:
     other = tmp_path / ".engine2.building-1-abc"
     other.mkdir()
@@ -181,7 +189,7 @@ def test_similar_names_are_not_taken_for_leftovers(tmp_path: Path) -> None:
 
 
 def test_without_locks_the_process_id_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_lock", lambda _: None)
+    monkeypatch.setattr(temporary_directory, "_lock", lambda _: None)
     dead = subprocess.Popen(["true"])
     dead.wait()
     (tmp_path / f".engine.building-{dead.pid}-0").mkdir()

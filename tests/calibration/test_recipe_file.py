@@ -168,3 +168,12 @@ def test_the_base_brings_its_algorithms_and_options(tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path / "a.toml", 'base = "w4a8"\n[options]\nblock = 64\n'))
     assert recipe.algorithms == ("smoothquant", "gptq") and recipe.options == AlgorithmOptions(block=64)
     assert not read_recipe(write(tmp_path / "b.toml", 'base = "w4a8"\nalgorithms = []\n')).algorithms
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("int4-rtn.toml", '[linear]\nkind = "int8"\n'), ("mine.toml", 'name = "bf16"\nbase = "bf16"\n')]
+)
+def test_a_file_is_not_named_after_a_preset(file: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="as a preset is") as caught:
+        load_recipe(write(tmp_path / file, text))
+    assert caught.value.kind == "recipe.file" and "name" in caught.value.remedy
