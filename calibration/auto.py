@@ -4,9 +4,10 @@ Units, and what each costs at each candidate precision, come from calibration.se
 calibration.allocation. Budgets: bits per weight over all matrices, bytes of all weights, or mean KL against the model,
 as expected on the calibration text.
 
-Costs are measured of weights rounded to nearest. What the recipe's algorithms leave of them differs: GPTQ a third of a
-layer's, more of the head's, and all of the embedding's, which is rounded to nearest in any case. GAINS are those of the
-example model (docs/benchmarks.md); without them a budget goes where GPTQ needs none of it.
+Costs are measured of weights rounded to nearest, under a scale where AWQ is one of the recipe's algorithms. What GPTQ
+leaves of them differs: a third of a layer's, more of the head's, and all of the embedding's, which is rounded to
+nearest in any case. GAINS are those of the example model (docs/benchmarks.md); without them a budget goes where GPTQ
+needs none of it.
 
 Sizes count codes and a float16 scale for each group, as target `tvm` stores them. Head and embedding that are one
 matrix get one precision, so that one table serves both.
@@ -37,8 +38,8 @@ DEFAULT_BITS = 4.5
 SCALE_BITS = 16
 SEQUENCES, LENGTH = 8, 256
 MEMORY = 512 << 20
-GAINS = {"gptq": {"layers": 0.3, "head": 0.6}, "awq": {"layers": 0.8, "head": 0.9}}
-"""Algorithm -> what it leaves of the cost of rounding to nearest."""
+GAINS = {("awq", "gptq"): {"layers": 0.4, "head": 0.6}, ("gptq",): {"layers": 0.3, "head": 0.6}}
+"""Algorithms -> what they leave of the measured costs. With AWQ layers are measured under a scale already."""
 PATTERNS = {
     "attention_input": ("self_attn.[qkv]_proj",),
     "attention_output": ("self_attn.o_proj",),
@@ -89,7 +90,8 @@ def resolve(
     sample = data.ids[:SEQUENCES, :LENGTH]
     with tempfile.TemporaryDirectory(prefix="enginesmith-auto-") as folder:
         store = ActivationStore(Path(folder), MEMORY)
-        units = measure(checkpoint, sample, CANDIDATES, store, progress.advance)
+        scaled = "awq" in recipe.algorithms
+        units = measure(checkpoint, sample, CANDIDATES, store, progress.advance, scaled=scaled)
     return choose(checkpoint, recipe, units, budget)
 
 
@@ -102,8 +104,8 @@ def choose(checkpoint: Checkpoint, recipe: Recipe, units: Sequence[Unit], budget
 
 
 def _after(unit: Unit, algorithms: Sequence[str]) -> Unit:
-    """The unit with what the strongest of the algorithms leaves of its costs."""
-    gains = next((GAINS[name] for name in GAINS if name in algorithms), {})
+    """The unit with what the algorithms leave of its costs."""
+    gains = next((gains for names, gains in GAINS.items() if set(names) <= set(algorithms)), {})
     gain = gains.get(unit.name.split(".")[0], 1.0)
     return replace(unit, divergences={precision: gain * cost for precision, cost in unit.divergences.items()})
 

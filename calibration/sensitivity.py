@@ -30,6 +30,8 @@ from exporter.core.weights import read_weight_rows, row_chunks
 REFERENCE = Precision("int4", 128)
 SCORED = 512
 BATCH = 4
+EXPONENTS = (0.25, 0.5, 0.75)
+"""Of the mean magnitude of an input, for its scale: steps of AWQ's grid that show whether it has loud channels."""
 Advance = Callable[[float, str], None]
 
 
@@ -43,16 +45,23 @@ class Unit:
 
 
 def measure(
-    checkpoint: Checkpoint, ids: np.ndarray, candidates: Sequence[Precision], store: ActivationStore, advance: Advance
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    candidates: Sequence[Precision],
+    store: ActivationStore,
+    advance: Advance,
+    *,
+    scaled: bool = False,
 ) -> list[Unit]:
     """The cost of every unit of the model at every candidate, over sequences of ids [n, S].
 
     Units: `embedding`, `layers.3.attention_input` ... (points of calibration.transforms), `head`. Candidates that
     do not divide a unit's width are left out there. InputError (`calibrate.not_finite`) names a unit without a cost.
-    `advance(fraction, detail)` reports progress.
+    `advance(fraction, detail)` reports progress. `scaled`: matrices of layers are rounded under a scale of their input,
+    as AWQ will round them: the best of EXPONENTS.
     """
     with torch.inference_mode():
-        units = _Measurement(checkpoint, ids, list(candidates), store, advance).run()
+        units = _Measurement(checkpoint, ids, list(candidates), store, advance, scaled).run()
     for unit in units:
         if not all(map(math.isfinite, unit.divergences.values())):
             raise _not_finite(f"rounding {unit.name} changes the model by NaN or Inf, which measures nothing")
@@ -74,7 +83,9 @@ class _Measurement:
         candidates: list[Precision],
         store: ActivationStore,
         advance: Advance,
+        scaled: bool,
     ) -> None:
+        self.scaled = scaled
         self.checkpoint, self.config, self.ids = checkpoint, checkpoint.config, ids
         self.candidates, self.store, self.advance = candidates, store, advance
         self.shape = (*ids.shape, self.config.hidden_size)
@@ -140,16 +151,43 @@ class _Measurement:
         weights = {f"{name}.weight": tensors[f"{name}.weight"] for name in names}
         width = next(iter(weights.values())).shape[1]
         reference, errors = self._reference(width), dict[Precision, float]()
+        scale = self._best_scale(layer, index, point, weights, reference) if self.scaled else None
         for precision in {*self._fitting(width), reference}:
-            rounded = {name: _rounded(values, precision, magnitude(values)) for name, values in weights.items()}
-            change = torch.from_numpy(np.concatenate([rounded[name] - weights[name] for name in weights]))
-            errors[precision] = sum(
-                float((x.reshape(-1, width) @ change.T).square().sum(dtype=torch.float64))
-                for x in self._inputs(layer, index, point)
-            )
+            rounded = {name: _rounded_under(values, precision, scale) for name, values in weights.items()}
+            errors[precision] = self._output_error(layer, index, point, weights, rounded)
             if precision == reference:
                 self._add_variant(layer, f"layers.{index}.{point}", weights, rounded)
         self._add(f"layers.{index}.{point}", tuple(f"model.layers.{index}.{name}" for name in weights), errors)
+
+    def _best_scale(
+        self, layer: DecoderLayer, index: int, point: str, weights: dict[str, np.ndarray], precision: Precision
+    ) -> np.ndarray | None:
+        """mean|x|^a / sqrt(max * min) [K] of least output error (AWQ, equation 5); None where no scale is better."""
+        batches_seen = [x.abs().mean((0, 1)) for x in self._inputs(layer, index, point)]
+        mean = torch.stack(batches_seen).mean(0).clamp_min(torch.finfo(torch.float32).tiny).double()
+        choices: list[np.ndarray | None] = [None]
+        for exponent in EXPONENTS:
+            power = mean**exponent
+            choices.append((power / (power.max() * power.min()).sqrt()).float().numpy())
+
+        def error(scale: np.ndarray | None) -> float:
+            rounded = {name: _rounded_under(values, precision, scale) for name, values in weights.items()}
+            return self._output_error(layer, index, point, weights, rounded)
+
+        return min(choices, key=error)
+
+    def _output_error(
+        self,
+        layer: DecoderLayer,
+        index: int,
+        point: str,
+        weights: dict[str, np.ndarray],
+        rounded: dict[str, np.ndarray],
+    ) -> float:
+        """Squared error of the outputs of all matrices that read a point."""
+        change = torch.from_numpy(np.concatenate([rounded[name] - weights[name] for name in weights]))
+        products = (x.reshape(-1, change.shape[1]) @ change.T for x in self._inputs(layer, index, point))
+        return sum(float(product.square().sum(dtype=torch.float64)) for product in products)
 
     def _add_variant(
         self, layer: DecoderLayer, name: str, weights: dict[str, np.ndarray], rounded: dict[str, np.ndarray]
@@ -233,6 +271,16 @@ class _Measurement:
 
     def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
         return read_weight_rows(self.checkpoint, CheckpointWeight((name,)), start, stop)
+
+
+def _rounded_under(values: np.ndarray, precision: Precision, scale: np.ndarray | None) -> np.ndarray:
+    """The same, rounded after its columns were multiplied by `scale` [K], which is taken out again."""
+    if scale is None:
+        return _rounded(values, precision, magnitude(values))
+    wide = values * scale
+    wide = _rounded(wide, precision, magnitude(wide))
+    wide /= scale
+    return wide
 
 
 def _rounded(values: np.ndarray, precision: Precision, amax: float | None) -> np.ndarray:

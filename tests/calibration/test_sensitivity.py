@@ -107,3 +107,32 @@ def test_a_layer_that_overflows_is_named(tmp_path: Path, names: list[str], facto
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=words):
         measured(path, np.arange(32).reshape(2, 16), tmp_path)
+
+
+def test_a_scale_takes_loud_channels_out_of_the_cost(tmp_path: Path) -> None:
+    """Columns of q, k, v divided by 64 where the norm's gamma is multiplied by it: the same function. Rounded plainly
+    it costs far more; under a scale about as much as the model without such channels."""
+    path = write_checkpoint(tmp_path / "checkpoint", "gqa", dtype=torch.float32)
+    ids = np.random.default_rng(0).integers(0, Checkpoint.open(path).config.vocab_size, (3, 12))
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        layer = model.model.layers[0]
+        layer.input_layernorm.weight[:3] *= 64
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(layer.self_attn, name).weight[:, :3] /= 64
+    loud = tmp_path / "loud"
+    model.save_pretrained(loud)
+    costs = {
+        (where, scaled): next(
+            unit.divergences[CANDIDATES[1]]
+            for unit in measure(
+                Checkpoint.open(where), ids, CANDIDATES, ActivationStore(tmp_path, 0), lambda *step: None, scaled=scaled
+            )
+            if unit.name == "layers.0.attention_input"
+        )
+        for where in (path, loud)
+        for scaled in (False, True)
+    }
+    assert costs[loud, False] > 5 * costs[path, False]
+    assert costs[loud, True] < 2 * costs[path, False]
+    assert costs[path, True] <= costs[path, False] * 1.3
