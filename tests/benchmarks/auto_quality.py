@@ -89,7 +89,7 @@ def main() -> None:
         for recipe in UNIFORM:
             if (
                 bits := coverage(checkpoint.config, recipe, calibration_ours.matrix_bits).bits_per_weight
-            ) > arguments.bits:
+            ) > arguments.bits + 0.01:
                 print(f"{recipe.name} takes {bits:.2f} bits: left out")
                 continue
             parameters, seconds = calibration_ours.parameters_of(checkpoint, recipe, ids, arguments.work)
