@@ -21,6 +21,7 @@ from pathlib import Path
 
 from calibration.activation_store import ActivationStore
 from calibration.allocation import Allocation, Choice, within_bits, within_divergence
+from calibration.coverage import plain_matrix_bits
 from calibration.data import CalibrationData
 from calibration.presets import parse_precision
 from calibration.sensitivity import Unit, measure
@@ -151,13 +152,13 @@ def _recipe(recipe: Recipe, found: Allocation) -> Recipe:
 
 def _bits(checkpoint: Checkpoint, unit: Unit, precision: Precision) -> float:
     """Codes, scales and zero points of a unit's matrices. A tied head lies under the embedding's name."""
-    total = 0
-    for name in unit.tensors:
-        source = name if name in checkpoint.tensors else checkpoint.config.head_source
-        rows, width = checkpoint.tensors[source].shape
-        per_group = SCALE_BITS + (0 if precision.symmetric else precision.bits)
-        total += rows * width * precision.bits + rows * precision.groups(width) * per_group
-    return total
+    sources = (name if name in checkpoint.tensors else checkpoint.config.head_source for name in unit.tensors)
+    return sum(plain_matrix_bits(precision, *_matrix(checkpoint, source), SCALE_BITS) for source in sources)
+
+
+def _matrix(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    rows, width = checkpoint.tensors[name].shape
+    return rows, width
 
 
 def _parameters(checkpoint: Checkpoint, name: str) -> int:

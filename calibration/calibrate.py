@@ -22,20 +22,17 @@ from calibration.resolved_recipe import Report, resolved
 from calibration.transformed import with_transforms
 from calibration.transforms import FoldNorms, RotateHeads, RotateResidual, Transform
 from calibration.work_directory import WorkDirectory, work_directory
-from exporter.core.canonical import CheckpointWeight
 from exporter.core.checkpoint import EMBEDDING, Checkpoint
 from exporter.core.errors import InputError
 from exporter.core.machine import physical_cores
 from exporter.core.memory import release_free_memory
 from exporter.core.progress import Progress
 from exporter.core.recipe import NEEDING_DATA, Recipe
+from exporter.core.scattered_rows import row_ranges, rows_of
 from exporter.core.threads import check_threads
-from exporter.core.weights import read_weight_rows
+from exporter.core.weights import read_layer, read_tensor_rows
 
 __all__ = ["CalibrateOptions", "activation_bytes", "calibrate", "forecast_bytes", "rotations", "working_bytes"]
-
-NEAR = 16
-"""Rows of the embedding this close to one another are read in one go."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ class _Run:
         from calibration.decoder import DecoderLayer
         from calibration.layer_run import LayerRun
 
-        decoder = DecoderLayer(self.config, self._tensors(layer), self.shape[1])
+        decoder = DecoderLayer(self.config, read_layer(self.checkpoint, layer), self.shape[1])
         with self._writer(self.work.part(layer), f"layer {layer}") as writer:
             run = LayerRun(
                 layer, self.recipe, decoder, self.store, self.batch, writer, lambda what: self._tell(layer, what)
@@ -216,30 +213,16 @@ class _Run:
             part=part,
         )
 
-    def _tensors(self, layer: int) -> dict[str, np.ndarray]:
-        """The weights of a layer by relative name, float32."""
-        prefix = f"model.layers.{layer}."
-        shapes = {name: shape for name, shape in self.config.tensor_shapes.items() if name.startswith(prefix)}
-        return {
-            name.removeprefix(prefix): read_weight_rows(self.checkpoint, CheckpointWeight((name,)), 0, shape[0])
-            for name, shape in shapes.items()
-        }
-
     def _embed(self) -> Activations:
         """The residual stream that enters layer 0; of the embedding only the rows that occur are read."""
         hidden = self.store.make(self.shape)
         for start, stop in batches(self.shape[0], self.batch):
             ids = self.data.ids[start:stop]
             occurring = np.unique(ids)
-            rows = np.concatenate([self._rows_near(part) for part in _clusters(occurring)])
+            pieces = (read_tensor_rows(self.checkpoint, EMBEDDING, *bounds) for bounds in row_ranges(occurring))
+            rows = rows_of(occurring, pieces)
             hidden.write(start, rows[np.searchsorted(occurring, ids)])
         return hidden
-
-    def _rows_near(self, ids: np.ndarray) -> np.ndarray:
-        first, last = int(ids[0]), int(ids[-1])
-        rows = read_weight_rows(self.checkpoint, CheckpointWeight((EMBEDDING,)), first, last + 1)
-        picked: np.ndarray = rows[ids - first]
-        return picked
 
     def _tell(self, layer: int, what: str) -> None:
         points = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
@@ -247,8 +230,3 @@ class _Run:
         total = self.config.num_layers + 1
         where = f"layer {layer + 1} of {self.config.num_layers}: " if layer < self.config.num_layers else ""
         self.progress.advance((layer + part) / total, where + what.replace("_", " "))
-
-
-def _clusters(ids: np.ndarray) -> list[np.ndarray]:
-    """Sorted ids in runs whose neighbours are at most NEAR apart."""
-    return np.split(ids, np.flatnonzero(np.diff(ids) > NEAR) + 1)

@@ -1,6 +1,5 @@
 """The calibration of the head: statistics of the final norm's output, and codes of the head's rows, block by block."""
 
-import numpy as np
 import torch
 
 from calibration.accumulate import StatisticsAccumulator
@@ -9,10 +8,9 @@ from calibration.coverage import actual_precision
 from calibration.decoder import rms_norm
 from calibration.matrix_algorithms import CodeChooser, Wanted, input_clip
 from calibration.qparams_writer import QParamsWriter
-from exporter.core.canonical import CheckpointWeight
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.recipe import Recipe
-from exporter.core.weights import read_weight_rows
+from exporter.core.weights import read_tensor_rows
 
 POINT, MODULE = "head_input", "lm_head"
 
@@ -23,7 +21,7 @@ def run_head(checkpoint: Checkpoint, recipe: Recipe, hidden: Activations, batch:
     config = checkpoint.config
     precision = actual_precision(recipe.lm_head, config.hidden_size)
     wanted = Wanted.of(recipe, precision)
-    gamma = torch.from_numpy(_read(checkpoint, "model.norm.weight", 0, config.hidden_size))
+    gamma = torch.from_numpy(read_tensor_rows(checkpoint, "model.norm.weight", 0, config.hidden_size))
     n, length, width = hidden.shape
     gathered = StatisticsAccumulator("head input", width, n * length, hessian=wanted.hessian, sample=wanted.sample)
     for start, stop in batches(n, batch):
@@ -34,10 +32,6 @@ def run_head(checkpoint: Checkpoint, recipe: Recipe, hidden: Activations, batch:
     if not chooser.chooses:
         return
     name, shape = config.head_source, checkpoint.tensors[config.head_source].shape
-    writer.add_codes(name, chooser.blocks(shape, lambda start, stop: _read(checkpoint, name, start, stop)))
+    writer.add_codes(name, chooser.blocks(shape, lambda start, stop: read_tensor_rows(checkpoint, name, start, stop)))
     if chooser.report:
         writer.add_report(MODULE, chooser.report)
-
-
-def _read(checkpoint: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:
-    return read_weight_rows(checkpoint, CheckpointWeight((name,)), start, stop)

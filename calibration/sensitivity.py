@@ -21,11 +21,11 @@ from calibration.decoder import DecoderLayer, rms_norm
 from calibration.divergence import mean_divergences
 from calibration.rtn import magnitude, quantize_rows, wants_tensor_amax
 from calibration.transforms import CONSUMERS
-from exporter.core.canonical import CheckpointWeight
 from exporter.core.checkpoint import EMBEDDING, HEAD, Checkpoint
 from exporter.core.errors import InputError
 from exporter.core.recipe import Precision
-from exporter.core.weights import read_weight_rows, row_chunks
+from exporter.core.scattered_rows import row_ranges, rows_of
+from exporter.core.weights import read_layer, read_tensor_rows, row_chunks
 
 REFERENCE = Precision("int4", 128)
 SCORED = 512
@@ -117,7 +117,7 @@ class _Measurement:
     def _embed(self) -> None:
         """The base's states, and those with a rounded embedding."""
         used, places = np.unique(self.ids, return_inverse=True)
-        table = np.concatenate([self._rows(EMBEDDING, int(row), int(row) + 1) for row in used])
+        table = rows_of(used, (self._rows(EMBEDDING, *bounds) for bounds in row_ranges(used)))
         reference = self._reference(table.shape[1])
         amax = self._tensor_amax(EMBEDDING, [*self.candidates, reference])
 
@@ -134,9 +134,7 @@ class _Measurement:
         self.variants["embedding"] = variant
 
     def _layer(self, index: int) -> None:
-        prefix = f"model.layers.{index}."
-        shapes = {n.removeprefix(prefix): s for n, s in self.config.tensor_shapes.items() if n.startswith(prefix)}
-        tensors = {name: self._whole(prefix + name) for name in shapes}
+        tensors = read_layer(self.checkpoint, index)
         layer = DecoderLayer(self.config, tensors, self.shape[1])
         for variant in self.variants.values():
             self._advance(layer, variant, variant)
@@ -151,43 +149,22 @@ class _Measurement:
         weights = {f"{name}.weight": tensors[f"{name}.weight"] for name in names}
         width = next(iter(weights.values())).shape[1]
         reference, errors = self._reference(width), dict[Precision, float]()
-        scale = self._best_scale(layer, index, point, weights, reference) if self.scaled else None
+        inputs = self._gathered(layer, index, point, width)
+        scale = _best_scale(inputs, weights, reference) if self.scaled else None
         for precision in {*self._fitting(width), reference}:
             rounded = {name: _rounded_under(values, precision, scale) for name, values in weights.items()}
-            errors[precision] = self._output_error(layer, index, point, weights, rounded)
+            errors[precision] = _output_error(inputs, weights, rounded)
             if precision == reference:
                 self._add_variant(layer, f"layers.{index}.{point}", weights, rounded)
+        self.store.drop(inputs)
         self._add(f"layers.{index}.{point}", tuple(f"model.layers.{index}.{name}" for name in weights), errors)
 
-    def _best_scale(
-        self, layer: DecoderLayer, index: int, point: str, weights: dict[str, np.ndarray], precision: Precision
-    ) -> np.ndarray | None:
-        """mean|x|^a / sqrt(max * min) [K] of least output error (AWQ, equation 5); None where no scale is better."""
-        batches_seen = [x.abs().mean((0, 1)) for x in self._inputs(layer, index, point)]
-        mean = torch.stack(batches_seen).mean(0).clamp_min(torch.finfo(torch.float32).tiny).double()
-        choices: list[np.ndarray | None] = [None]
-        for exponent in EXPONENTS:
-            power = mean**exponent
-            choices.append((power / (power.max() * power.min()).sqrt()).float().numpy())
-
-        def error(scale: np.ndarray | None) -> float:
-            rounded = {name: _rounded_under(values, precision, scale) for name, values in weights.items()}
-            return self._output_error(layer, index, point, weights, rounded)
-
-        return min(choices, key=error)
-
-    def _output_error(
-        self,
-        layer: DecoderLayer,
-        index: int,
-        point: str,
-        weights: dict[str, np.ndarray],
-        rounded: dict[str, np.ndarray],
-    ) -> float:
-        """Squared error of the outputs of all matrices that read a point."""
-        change = torch.from_numpy(np.concatenate([rounded[name] - weights[name] for name in weights]))
-        products = (x.reshape(-1, change.shape[1]) @ change.T for x in self._inputs(layer, index, point))
-        return sum(float(product.square().sum(dtype=torch.float64)) for product in products)
+    def _gathered(self, layer: DecoderLayer, index: int, point: str, width: int) -> Activations:
+        """The base's value at a point of the layer: computed once, read for every way to round."""
+        inputs = self.store.make((*self.shape[:2], width))
+        for (start, _), x in zip(batches(self.shape[0], BATCH), self._inputs(layer, index, point), strict=True):
+            inputs.write(start, x.numpy())
+        return inputs
 
     def _add_variant(
         self, layer: DecoderLayer, name: str, weights: dict[str, np.ndarray], rounded: dict[str, np.ndarray]
@@ -266,11 +243,36 @@ class _Measurement:
             return None
         return max(magnitude(self._rows(name, *chunk)) for chunk in row_chunks(self.checkpoint.tensors[name].shape))
 
-    def _whole(self, name: str) -> np.ndarray:
-        return self._rows(name, 0, self.checkpoint.tensors[name].shape[0])
-
     def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        return read_weight_rows(self.checkpoint, CheckpointWeight((name,)), start, stop)
+        return read_tensor_rows(self.checkpoint, name, start, stop)
+
+
+def _best_scale(inputs: Activations, weights: dict[str, np.ndarray], precision: Precision) -> np.ndarray | None:
+    """mean|x|^a / sqrt(max * min) [K] of least output error (AWQ, equation 5); None where no scale is better."""
+    means = [x.abs().mean((0, 1)) for x in _batches_of(inputs)]
+    mean = torch.stack(means).mean(0).clamp_min(torch.finfo(torch.float32).tiny).double()
+    choices: list[np.ndarray | None] = [None]
+    for exponent in EXPONENTS:
+        power = mean**exponent
+        choices.append((power / (power.max() * power.min()).sqrt()).float().numpy())
+
+    def error(scale: np.ndarray | None) -> float:
+        rounded = {name: _rounded_under(values, precision, scale) for name, values in weights.items()}
+        return _output_error(inputs, weights, rounded)
+
+    return min(choices, key=error)
+
+
+def _output_error(inputs: Activations, weights: dict[str, np.ndarray], rounded: dict[str, np.ndarray]) -> float:
+    """Squared error of the outputs of all matrices that read a point."""
+    change = torch.from_numpy(np.concatenate([rounded[name] - weights[name] for name in weights]))
+    products = (x.reshape(-1, change.shape[1]) @ change.T for x in _batches_of(inputs))
+    return sum(float(product.square().sum(dtype=torch.float64)) for product in products)
+
+
+def _batches_of(inputs: Activations) -> Iterator[torch.Tensor]:
+    for start, stop in batches(inputs.shape[0], BATCH):
+        yield torch.from_numpy(inputs.read(start, stop))
 
 
 def _rounded_under(values: np.ndarray, precision: Precision, scale: np.ndarray | None) -> np.ndarray:

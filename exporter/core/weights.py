@@ -67,6 +67,21 @@ def read_weight_rows(checkpoint: Checkpoint, weight: CheckpointWeight, start: in
     return out
 
 
+def read_tensor_rows(checkpoint: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of one tensor of the checkpoint as float32."""
+    return read_weight_rows(checkpoint, CheckpointWeight((name,)), start, stop)
+
+
+def read_layer(checkpoint: Checkpoint, layer: int) -> dict[str, np.ndarray]:
+    """All tensors of a decoder layer by their names in it (`mlp.up_proj.weight`), float32."""
+    prefix = f"model.layers.{layer}."
+    return {
+        name.removeprefix(prefix): read_tensor_rows(checkpoint, name, 0, shape[0])
+        for name, shape in checkpoint.config.tensor_shapes.items()
+        if name.startswith(prefix)
+    }
+
+
 def _widen(rows: np.ndarray, out: np.ndarray) -> None:
     """Copy float rows into a contiguous float32 array of the same shape, exactly."""
     if rows.dtype != np.float16:

@@ -16,10 +16,10 @@ from exporter.core.canonical import (
     Slice,
 )
 from exporter.core.config import ModelConfig
+from exporter.core.scattered_rows import row_ranges, rows_of
 from exporter.core.weights import QuantizedRows, row_chunks
 from exporter.parity.prologue import split_prologue
 from exporter.parity.schedule import GrowingCache, SliceCache, StaticCache, Step
-from exporter.parity.weight_values import row_ranges, rows_of
 from targets.base import RowReader
 from targets.onnxruntime.slice_session import SliceSession
 

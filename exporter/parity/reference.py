@@ -21,10 +21,11 @@ from calibration.coverage import kernel_group
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
 from exporter.core.recipe import Precision
+from exporter.core.scattered_rows import row_ranges, rows_of
 from exporter.core.weights import row_chunks
 from exporter.parity.activations import round_activations
 from exporter.parity.cache_values import RoundedCache, Scales
-from exporter.parity.weight_values import RoundingOf, StoredValues, WeightValues, read_whole, row_ranges, rows_of
+from exporter.parity.weight_values import RoundingOf, StoredValues, WeightValues, read_whole
 from targets.base import ActivationRounding
 
 CHUNK = 128

@@ -1,6 +1,6 @@
 """The numbers behind a checkpoint tensor: as stored, or as a recipe rounds them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,13 +11,11 @@ from exporter.core.canonical import CanonicalModel, CheckpointWeight, Slice
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
 from exporter.core.recipe import Precision, Recipe
-from exporter.core.weights import QuantizedRows, read_weight_rows, row_chunks
+from exporter.core.weights import QuantizedRows, read_tensor_rows, row_chunks
 from targets.base import ActivationRounding, RowReader
 
 RoundingOf = Callable[[Precision], ActivationRounding | None]
 """How the inputs of a matrix of that precision are rounded: `Target.activation_rounding`, or what the recipe asks."""
-# Reading 8 extra rows costs less than another read call.
-ROW_GAP = 8
 
 
 class WeightValues(Protocol):
@@ -35,7 +33,7 @@ class StoredValues:
     checkpoint: Checkpoint
 
     def read(self, part: str, name: str, start: int, stop: int) -> np.ndarray:
-        return read_weight_rows(self.checkpoint, CheckpointWeight((name,)), start, stop)
+        return read_tensor_rows(self.checkpoint, name, start, stop)
 
     def precision(self, part: str, name: str) -> Precision:
         return Precision()
@@ -113,18 +111,3 @@ def read_whole(read: Callable[[int, int], np.ndarray], shape: tuple[int, ...]) -
     for start, stop in row_chunks(shape):
         out[start:stop] = read(start, stop)
     return out
-
-
-def row_ranges(ids: np.ndarray) -> list[tuple[int, int]]:
-    """Few ranges of rows [start, stop) that cover the sorted distinct `ids`."""
-    breaks = np.flatnonzero(np.diff(ids) > ROW_GAP) + 1
-    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(ids, breaks) if len(part)]
-
-
-def rows_of(ids: np.ndarray, pieces: Iterable[np.ndarray]) -> np.ndarray:
-    """The rows `ids` (sorted, distinct) out of the pieces read for `row_ranges(ids)`."""
-    kept = []
-    for (start, stop), piece in zip(row_ranges(ids), pieces, strict=True):
-        inside = ids[(ids >= start) & (ids < stop)]
-        kept.append(piece[inside - start])
-    return np.concatenate(kept)

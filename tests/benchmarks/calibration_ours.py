@@ -20,11 +20,10 @@ from calibration.presets import load_recipe
 from calibration.qparams import QParams
 from calibration.rtn import absmax_rows
 from calibration.weight_rows import WeightRows
-from exporter.core.canonical import CheckpointWeight
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.progress import NoProgress
 from exporter.core.recipe import CHANNEL, TENSOR, Precision, Recipe
-from exporter.core.weights import QuantizedRows, read_weight_rows
+from exporter.core.weights import QuantizedRows, read_tensor_rows
 from exporter.parity.activations import asked_rounding
 from exporter.parity.reference import EagerModel
 from exporter.parity.weight_values import RecipeValues, WeightPrecisions
@@ -51,7 +50,7 @@ class PlainScales:
     checkpoint: Checkpoint
 
     def rows(self, tensor: str, precision: Precision, start: int, stop: int) -> QuantizedRows:
-        return absmax_rows(read_weight_rows(self.checkpoint, CheckpointWeight((tensor,)), start, stop), precision)
+        return absmax_rows(read_tensor_rows(self.checkpoint, tensor, start, stop), precision)
 
 
 def preset_case(name: str, group: int | None = None, *, rotate: bool = False, kv_cache: str | None = None) -> Case:

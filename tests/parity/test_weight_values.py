@@ -9,14 +9,13 @@ from calibration.weight_rows import WeightRows
 from exporter.core.canonical import CheckpointWeight
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.recipe import Precision
+from exporter.core.scattered_rows import row_ranges, rows_of
 from exporter.parity.weight_values import (
     RecipeValues,
     StoredValues,
     WeightPrecisions,
     as_float,
     read_whole,
-    row_ranges,
-    rows_of,
 )
 from tests.conftest import CheckpointFactory
 from tests.support.canonical_llama import canonical_llama
