@@ -20,7 +20,7 @@ from calibration.qparams import QParams
 from calibration.qparams_writer import QParamsWriter
 from calibration.resolved_recipe import Report, resolved
 from calibration.transformed import with_transforms
-from calibration.transforms import FoldNorms, RotateHeads, RotateResidual, Transform
+from calibration.transforms import POINTS, FoldNorms, RotateHeads, RotateResidual, Transform
 from calibration.work_directory import WorkDirectory, work_directory
 from exporter.core.checkpoint import EMBEDDING, Checkpoint
 from exporter.core.errors import InputError
@@ -225,8 +225,7 @@ class _Run:
         return hidden
 
     def _tell(self, layer: int, what: str) -> None:
-        points = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
-        part = points.index(what) / len(points) if what in points else 0.0
+        part = POINTS.index(what) / len(POINTS) if what in POINTS else 0.0
         total = self.config.num_layers + 1
         where = f"layer {layer + 1} of {self.config.num_layers}: " if layer < self.config.num_layers else ""
         self.progress.advance((layer + part) / total, where + what.replace("_", " "))

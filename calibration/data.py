@@ -7,7 +7,7 @@ equal length, until there are enough.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from calibration.data_file import TextFile, scan
 from exporter.core.config import ModelConfig
+from exporter.core.data_summary import DataSummary as DataSummary
 from exporter.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,22 +28,6 @@ BATCH_DOCUMENTS = 16
 
 Renderer = Callable[[Sequence[dict[str, Any]]], str]
 """Turns the messages of a chat into text, through the model's chat template."""
-
-
-@dataclass(frozen=True)
-class DataSummary:
-    """What the data was: sha256 of the file, its format, and what was taken of it."""
-
-    text_sha256: str
-    format: str
-    documents: int
-    tokens: int
-    sequences: int
-    length: int
-    seed: int
-
-    def to_json(self) -> dict[str, str | int]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

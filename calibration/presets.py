@@ -153,6 +153,17 @@ def load_recipe(
         raise InputError("usage.auto", what, "leave them out, or calibrate with another recipe")
     if group_size is not None:
         recipe = _regroup(recipe, group_size)
+    recipe = with_parts(recipe, group_size, lm_head, embedding, kv_cache)
+    recipe = checked(rotated(recipe) if rotate else recipe, found.named_options)
+    given = {"lm_head": lm_head, "embedding": embedding, "kv_cache": kv_cache}
+    unnamed = frozenset(part for part, value in given.items() if value is None) - found.named
+    return complete(recipe, unnamed) if complete else recipe
+
+
+def with_parts(
+    recipe: Recipe, group_size: int | None, lm_head: str | None, embedding: str | None, kv_cache: str | None
+) -> Recipe:
+    """The recipe with the parts that are named; a precision without a group takes `group_size`, or the recipe's."""
     inherited = group_size or max(recipe.linear.group_size or 0, 0) or DEFAULT_GROUP_SIZE
     if lm_head is not None:
         recipe = replace(recipe, lm_head=parse_precision(lm_head, inherited))
@@ -160,10 +171,7 @@ def load_recipe(
         recipe = replace(recipe, embedding=parse_precision(embedding, inherited))
     if kv_cache is not None:
         recipe = replace(recipe, kv_cache=checked_kv_cache(kv_cache))
-    recipe = checked(rotated(recipe) if rotate else recipe, found.named_options)
-    given = {"lm_head": lm_head, "embedding": embedding, "kv_cache": kv_cache}
-    unnamed = frozenset(part for part, value in given.items() if value is None) - found.named
-    return complete(recipe, unnamed) if complete else recipe
+    return recipe
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -1,8 +1,6 @@
 """The recipe of a build: a preset, a TOML file, or that of a file of quantization parameters, and its overrides."""
 
-from dataclasses import replace
-
-from calibration.presets import DEFAULT_GROUP_SIZE, PRESETS, checked_kv_cache, load_recipe, parse_precision
+from calibration.presets import PRESETS, load_recipe, with_parts
 from calibration.qparams import QParams
 from exporter.core.errors import InputError
 from exporter.core.recipe import Recipe
@@ -34,13 +32,7 @@ def _of_parameters(options: BuildOptions, target: Target, recipe: Recipe) -> Rec
         raise InputError("qparams.recipe", what, "leave --recipe out, or calibrate with that recipe")
     if options.group_size is not None:
         recipe = recipe.with_group_size(options.group_size)
-    group = options.group_size or max(recipe.linear.group_size or 0, 0) or DEFAULT_GROUP_SIZE
-    if options.lm_head is not None:
-        recipe = replace(recipe, lm_head=parse_precision(options.lm_head, group))
-    if options.embedding is not None:
-        recipe = replace(recipe, embedding=parse_precision(options.embedding, group))
-    if options.kv_cache is not None:
-        recipe = replace(recipe, kv_cache=checked_kv_cache(options.kv_cache))
+    recipe = with_parts(recipe, options.group_size, options.lm_head, options.embedding, options.kv_cache)
     return target.complete(recipe, _unnamed(options, recipe))
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from exporter.artifact.json_fields import Fields
+from exporter.core.data_summary import DataSummary
 
 if TYPE_CHECKING:
     from calibration.qparams import QParams
@@ -13,25 +14,12 @@ LARGEST = 1 << 53
 
 
 @dataclass(frozen=True)
-class TextRecord:
-    """The calibration text: digest of the file, and what of it was used."""
-
-    text_sha256: str
-    format: str
-    documents: int
-    tokens: int
-    sequences: int
-    length: int
-    seed: int
-
-
-@dataclass(frozen=True)
 class CalibrationRecord:
     """`qparams` is the digest of the file of parameters, `text` None where it came from no text, `transforms` counts
     those of each kind (`ScaleInput`)."""
 
     qparams: str
-    text: TextRecord | None
+    text: DataSummary | None
     algorithms: tuple[str, ...]
     transforms: dict[str, int]
 
@@ -50,7 +38,7 @@ class CalibrationRecord:
 def record_of(parameters: "QParams") -> CalibrationRecord:
     """What a manifest keeps of a file of parameters."""
     data = parameters.data
-    text = TextRecord(**{name: data[name] for name in TextRecord.__dataclass_fields__}) if data else None  # type: ignore[arg-type]
+    text = DataSummary(**{name: data[name] for name in DataSummary.__dataclass_fields__}) if data else None  # type: ignore[arg-type]
     kinds = Counter(type(transform).__name__ for transform in parameters.transforms)
     return CalibrationRecord(parameters.digest, text, parameters.recipe.algorithms, dict(sorted(kinds.items())))
 
@@ -71,9 +59,9 @@ def record_from_json(value: dict[str, Any]) -> CalibrationRecord:
     return record
 
 
-def _text(value: dict[str, Any]) -> TextRecord:
+def _text(value: dict[str, Any]) -> DataSummary:
     fields = Fields(value, "text")
     counts = [fields.integer(name, 0, LARGEST) for name in ("documents", "tokens", "sequences", "length", "seed")]
-    record = TextRecord(fields.digest("text_sha256"), fields.text("format"), *counts)
+    record = DataSummary(fields.digest("text_sha256"), fields.text("format"), *counts)
     fields.done()
     return record

@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from exporter.artifact.calibration_record import CalibrationRecord, TextRecord
+from exporter.artifact.calibration_record import CalibrationRecord
 from exporter.artifact.json_fields import canonical_json
 from exporter.artifact.manifest import (
     SEAL,
@@ -21,6 +21,7 @@ from exporter.artifact.manifest import (
     write_manifest,
 )
 from exporter.core.config import ModelConfig
+from exporter.core.data_summary import DataSummary
 from exporter.core.errors import ArtifactError
 from exporter.core.recipe import AlgorithmOptions, Override, Precision, Recipe
 from tests.artifact.sample import config, manifest, write_files
@@ -90,7 +91,7 @@ def test_two_builds_give_the_same_bytes(tmp_path: Path) -> None:
     assert encode_manifest(reordered[0]) == encode_manifest(reordered[1])
 
 
-TEXT = TextRecord("cd" * 32, "text", 12, 65536, 128, 512, 0)
+TEXT = DataSummary("cd" * 32, "text", 12, 65536, 128, 512, 0)
 CALIBRATED = CalibrationRecord("ef" * 32, TEXT, ("rotate", "gptq"), {"FoldNorms": 1, "RotateResidual": 1})
 
 

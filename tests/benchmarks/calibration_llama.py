@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.gguf_checkpoint import gguf_name, halves
-from tests.benchmarks.quality import Scorer
-
 HERE = Path(__file__).parent
 KINDS = {
     "Q4_0": ("Q4_0", False),
@@ -73,33 +70,6 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-2000:]}")
-
-
-def weights_of(checkpoint: Path, path: Path, *, whole: bool) -> Scorer:
-    """The eager fp32 model with the file's weights; without `whole` only those of the decoder layers' matrices."""
-    import torch
-    from gguf import GGUFReader, dequantize
-    from transformers import LlamaForCausalLM
-
-    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
-    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not whole and "_proj" not in name:
-                continue
-            tensor = stored[gguf_name(name)]
-            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).reshape(parameter.shape)
-            for part, count in heads.items():
-                values = halves(values, count) if part in name else values
-            parameter.copy_(values)
-
-    def score(ids: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            logits: np.ndarray = model(torch.from_numpy(ids)[None]).logits[0].numpy()
-        return logits
-
-    return score
 
 
 def bits(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from tests.benchmarks import calibration_llama, calibration_ours, peer_setup
 from tests.benchmarks.calibration_peers import remembered
 from tests.benchmarks.calibration_text import write_text
 from tests.benchmarks.outlier_variant import write_variant
-from tests.benchmarks.quality import Scorer, compare, eager, windows
+from tests.benchmarks.quality import Scorer, compare, eager, gguf_weights, windows
 from tests.benchmarks.report import show
 
 SEQUENCES, LENGTH = 128, 512
@@ -93,7 +93,7 @@ def llama_rows(files: calibration_llama.LlamaFiles, rows: Rows, tokens: Path) ->
 
             def measure(label: str = label, whole: bool = whole) -> Row:
                 path = files.quantized(label, ids["calibration"])
-                score: Scorer = calibration_llama.weights_of(files.checkpoint, path, whole=whole)
+                score: Scorer = gguf_weights(files.checkpoint, path, whole=whole)
                 bits = calibration_llama.bits(path)
                 figures = compare(reference, score, list(ids["heldout"]))
                 more = {"bits of table": bits["table"] if whole else 32.0, "types": bits["types"]}

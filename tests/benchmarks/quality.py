@@ -40,11 +40,16 @@ def windows(checkpoint: Path, length: int, count: int) -> list[np.ndarray]:
     return [np.concatenate([head, ids[start : start + length - len(head)]]) for start in starts]
 
 
-def eager(checkpoint: Path) -> Scorer:
+def eager_model(checkpoint: Path) -> Any:
+    """transformers' model in fp32 with eager attention."""
     import torch
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+    return LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def scorer(model: Any) -> Scorer:
+    import torch
 
     def score(ids: np.ndarray) -> np.ndarray:
         with torch.no_grad():
@@ -52,6 +57,10 @@ def eager(checkpoint: Path) -> Scorer:
         return logits
 
     return score
+
+
+def eager(checkpoint: Path) -> Scorer:
+    return scorer(eager_model(checkpoint))
 
 
 def our_engine(path: Path) -> Scorer:
@@ -89,31 +98,27 @@ def genai_model(path: Path) -> Scorer:
     return score
 
 
-def gguf_weights(checkpoint: Path, path: Path) -> Scorer:
-    """The eager model with the weights of a GGUF file written by gguf_checkpoint.py and llama-quantize."""
+def gguf_weights(checkpoint: Path, path: Path, *, whole: bool = True) -> Scorer:
+    """The eager model with the weights of a GGUF file written by gguf_checkpoint.py and llama-quantize; without `whole`
+    only those of the decoder layers' matrices."""
     import torch
     from gguf import GGUFReader, dequantize
-    from transformers import LlamaForCausalLM
 
     from tests.benchmarks.gguf_checkpoint import gguf_name, halves
 
-    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+    model = eager_model(checkpoint)
     stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not whole and "_proj" not in name:
+                continue
             tensor = stored[gguf_name(name)]
             values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).reshape(parameter.shape)
             for part, count in heads.items():
                 values = halves(values, count) if part in name else values
             parameter.copy_(values)
-
-    def score(ids: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            logits: np.ndarray = model(torch.from_numpy(ids)[None]).logits[0].numpy()
-        return logits
-
-    return score
+    return scorer(model)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.recipe import Precision, Recipe
 from exporter.recipe_numbers import plain_numbers
-from tests.benchmarks import calibration_llama, calibration_ours, calibration_text, gguf_checkpoint
+from tests.benchmarks import calibration_llama, calibration_ours, calibration_text, gguf_checkpoint, quality
 from tests.benchmarks.calibration_text import corpus_of
 from tests.benchmarks.make_checkpoint import make_checkpoint
 from tests.benchmarks.modelopt_scales import E4M3_TOP, differences
@@ -54,7 +54,7 @@ def test_an_exact_gguf_file_gives_back_the_model(tiny: Path, tmp_path: Path) -> 
     pytest.importorskip("gguf")
     path = tmp_path / "exact.gguf"
     gguf_checkpoint.write(tiny, path, exact=True)
-    score = calibration_llama.weights_of(tiny, path, whole=True)
+    score = quality.gguf_weights(tiny, path, whole=True)
     np.testing.assert_array_equal(score(IDS), eager(tiny)(IDS))
     assert calibration_llama.bits(path) == {"layers": 32.0, "table": 32.0, "types": "F32"}
 
