@@ -9,13 +9,24 @@ import typer
 from exporter.calibration_request import CalibrationRequest
 from exporter.cli.app import EXTRA_ARGUMENTS, LATER_NOTE, Debug, Json, app, refuse_extra
 from exporter.cli.output import Output
+from exporter.cli.recipe_options import (
+    Calibration,
+    Checkpoint,
+    Embedding,
+    GroupSize,
+    LmHead,
+    MaxKl,
+    Rotate,
+    Seed,
+    TargetBits,
+    TargetBytes,
+    Threads,
+    Tokens,
+)
 from exporter.core.device import DeviceOptions, parse_features
 from exporter.core.errors import UnsupportedError
 from exporter.options import BuildOptions, parse_size
 
-Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="Hugging Face checkpoint directory (safetensors).")
-]
 TargetName = Annotated[str, typer.Option("--target", help="Target, see `enginesmith targets`.")]
 RecipeName = Annotated[
     str | None,
@@ -26,15 +37,11 @@ RecipeName = Annotated[
 Tracer = Annotated[str, typer.Option("--tracer", help="torch-export or torchscript.")]
 SeqLen = Annotated[int | None, typer.Option("--max-seq-len", help="Positions in a row. Default: min(config, 4096).")]
 MaxBatch = Annotated[int, typer.Option("--max-batch", help="Rows in a batch.")]
-GroupSize = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
-LmHead = Annotated[str | None, typer.Option("--lm-head", help="Precision of the head: int4, int6, int8/g64, bf16 ...")]
-Embedding = Annotated[str | None, typer.Option("--embedding", help="Precision of the embedding.")]
 KvCache = Annotated[
     str | None,
     typer.Option("--kv-cache", help="Storage of keys and values: fp32, fp16, int8, fp8. Default: the target's."),
 ]
 Coverage = Annotated[float, typer.Option("--min-coverage", help="Fraction of weights that must be quantized.")]
-Threads = Annotated[int, typer.Option("--threads", help="Threads; 0: one per physical core.")]
 MaxRam = Annotated[str | None, typer.Option("--max-ram", help="Fail if more memory is needed: 900M, 4G.")]
 Device = Annotated[str | None, typer.Option("--device", help="Build for this device, see `enginesmith targets`.")]
 Triple = Annotated[str | None, typer.Option("--mtriple", help="Build for LLVM's triple: aarch64-linux-gnu.")]
@@ -43,15 +50,6 @@ Features = Annotated[str | None, typer.Option("--mattr", help="LLVM's CPU featur
 Tune = Annotated[float, typer.Option("--tune", metavar="MINUTES", help="Search kernel parameters this long.")]
 Tuning = Annotated[Path | None, typer.Option("--tuning", help="File of tuning results to use, and to extend.")]
 QParams = Annotated[Path | None, typer.Option("--qparams", help="Quantization parameters of `enginesmith calibrate`.")]
-Calibration = Annotated[
-    Path | None, typer.Option("--calibration", help="Calibrate on this text: plain, or JSONL with text or messages.")
-]
-Tokens = Annotated[int | None, typer.Option("--calibration-tokens", help="Tokens to calibrate on. Default: 65536.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling of text, and of rotations.")]
-TargetBits = Annotated[float | None, typer.Option("--target-bits", help="Recipe auto: bits per weight at most.")]
-TargetBytes = Annotated[str | None, typer.Option("--target-bytes", help="Recipe auto: size of the weights at most.")]
-MaxKl = Annotated[float | None, typer.Option("--max-kl", help="Recipe auto: mean KL to eager at most.")]
-Rotate = Annotated[bool, typer.Option("--rotate", help="Rotate residual stream and heads first (integer recipes).")]
 WorkDir = Annotated[
     Path | None, typer.Option("--work-dir", help="Keep calibrated layers here; an interrupted build goes on from them.")
 ]

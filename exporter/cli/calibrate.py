@@ -7,32 +7,30 @@ import typer
 
 from exporter.cli.app import Debug, Json, app
 from exporter.cli.output import Output
+from exporter.cli.recipe_options import (
+    Calibration,
+    Checkpoint,
+    Embedding,
+    GroupSize,
+    LmHead,
+    MaxKl,
+    Rotate,
+    Seed,
+    TargetBits,
+    TargetBytes,
+    Threads,
+    Tokens,
+)
 from exporter.options import parse_size
 
-Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="Hugging Face checkpoint directory (safetensors).")
-]
 Recipe = Annotated[str, typer.Option("--recipe", help="Preset or TOML file, see `enginesmith recipes`.")]
 Out = Annotated[Path, typer.Option("--out", help="File of quantization parameters to write.")]
-Text = Annotated[
-    Path | None, typer.Option("--calibration", help="Plain text, or JSON lines with `text` or `messages`.")
-]
-Tokens = Annotated[int | None, typer.Option("--calibration-tokens", help="Tokens to use. Default: 65536.")]
 Length = Annotated[int | None, typer.Option("--calibration-length", help="Tokens of a sequence. Default: 512.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling, and of rotations.")]
-GroupSize = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
-LmHead = Annotated[str | None, typer.Option("--lm-head", help="Precision of the head: int4, int6, int8/g64, bf16 ...")]
-Embedding = Annotated[str | None, typer.Option("--embedding", help="Precision of the embedding.")]
 KvCache = Annotated[str | None, typer.Option("--kv-cache", help="Storage of keys and values: fp32, fp16, int8, fp8.")]
-Rotate = Annotated[bool, typer.Option("--rotate", help="Rotate residual stream and heads first (integer recipes).")]
-TargetBits = Annotated[float | None, typer.Option("--target-bits", help="Recipe auto: bits per weight at most.")]
-TargetBytes = Annotated[str | None, typer.Option("--target-bytes", help="Recipe auto: size of the weights at most.")]
-MaxKl = Annotated[float | None, typer.Option("--max-kl", help="Recipe auto: mean KL to the original at most.")]
 MaxRam = Annotated[str | None, typer.Option("--max-ram", help="Memory to stay within: 3G; activations go to disk.")]
 WorkDir = Annotated[
     Path | None, typer.Option("--work-dir", help="Keep finished layers here; an interrupted run goes on from them.")
 ]
-Threads = Annotated[int, typer.Option("--threads", help="Threads; 0: one per physical core.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 ProgressStyle = Annotated[str, typer.Option("--progress", help="auto, plain, jsonl or none.")]
 
@@ -43,7 +41,7 @@ def calibrate(
     checkpoint: Checkpoint,
     recipe: Recipe,
     out: Out,
-    calibration: Text = None,
+    calibration: Calibration = None,
     calibration_tokens: Tokens = None,
     calibration_length: Length = None,
     seed: Seed = 0,
