@@ -7,15 +7,15 @@ import onnx_ir as ir
 import onnx_ir.passes
 
 from calibration.insert_weights import FLOAT, constant
-from exporter.core.rounded_input import CODE_TYPES, LEAST_SCALE, TOPS
+from exporter.core.rounded_input import CODE_TYPES, LEAST_SCALE, TOPS, UNROUNDED
 
 
 class RoundInputs(ir.passes.InPlacePass):
     """Round the input of every MatMul with a weight named in `activations`, as its value says (`int8/token`).
 
-    The nodes are those of exporter.core.rounded_input; `tensor` adds a graph input `w.input_scale`, float [1], after
-    the other inputs of the weight `w`. Weights are found by the value that carries their name, through a Transpose.
-    Two matrices with the same input get a rounding each.
+    The nodes are those of exporter.core.rounded_input (none for nvfp4); `tensor` adds a graph input
+    `w.input_scale`, float [1], after the other inputs of the weight `w`. Weights are found by the value that carries
+    their name, through a Transpose. Two matrices with the same input get a rounding each.
     """
 
     def __init__(self, activations: dict[str, str]) -> None:
@@ -46,6 +46,8 @@ def _round(graph: ir.Graph, product: ir.Node, weight: str, activations: str) -> 
     assert source is not None
     steps = _Steps(f"{weight}.input")
     scale = _static_scale(graph, weight) if way == "tensor" else _token_scale(graph, steps, source, kind)
+    if activations in UNROUNDED:
+        return
     # The scale of a token holds for its whole row: a block as wide as the row. Positions come before it.
     blocks = {} if way == "tensor" else {"axis": -1, "block_size": _width(product)}
     code_type = ir.DataType[CODE_TYPES[kind]]

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from calibration.float_codecs import decode_e4m3, encode_e4m3, round_e2m1
 from exporter.core.errors import InputError
+from exporter.core.number_formats import E2M1_MAX
 
 OBSERVERS = ("absmax", "percentile", "mse", "entropy")
-TOPS = {"int8": 127.0, "fp8": 448.0}
-"""The largest magnitude that a code stands for, before scaling: symmetric int8, and E4M3."""
+TOPS = {"int8": 127.0, "fp8": 448.0, "nvfp4": 6 * 448.0}
+"""The largest magnitude that a code stands for, before scaling: symmetric int8, E4M3, and E2M1 times an E4M3 scale."""
+NVFP4_BLOCK = 16
 MSE_STEPS = np.arange(1, 101) / 100
 HISTOGRAM_BINS, LEVELS = 2048, 128
 
@@ -53,7 +56,9 @@ class Granularity:
 
 @dataclass(frozen=True)
 class Observer:
-    """A rule, and the codes it is for: `kind` int8 or fp8 (`mse` rounds to them); `percentile` of its rule."""
+    """A rule, and the codes it is for: `kind` int8, fp8 or nvfp4 (`mse` rounds to them); `percentile` of its rule.
+
+    nvfp4 stands for one scale of all: its blocks of 16 neighbours must not be torn apart (`channel`)."""
 
     rule: str = "absmax"
     kind: str = "int8"
@@ -93,16 +98,27 @@ def _least_error(magnitudes: np.ndarray, kind: str) -> float:
 
 def _squared_error(magnitudes: np.ndarray, clip: float, kind: str) -> float:
     scale = np.float32(clip / TOPS[kind])
+    if kind == "nvfp4":
+        error = _nvfp4(magnitudes, scale) - magnitudes
+        return float(np.square(error, dtype=np.float64).sum())
     codes = np.minimum(magnitudes / scale, np.float32(TOPS[kind]))
     rounded = np.rint(codes) if kind == "int8" else codes.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
     error = rounded * scale - magnitudes
     return float(np.square(error, dtype=np.float64).sum())
 
 
+def _nvfp4(magnitudes: np.ndarray, scale: np.float32) -> np.ndarray:
+    """Each block of 16 in E2M1, its E4M3 scale times `scale`; a block whose own scale rounds to zero becomes zero."""
+    blocks = magnitudes.reshape(-1, NVFP4_BLOCK)
+    steps = decode_e4m3(encode_e4m3(blocks.max(axis=1, keepdims=True) / np.float32(E2M1_MAX) / scale)) * scale
+    inverse = np.divide(np.float32(1), steps, out=np.zeros_like(steps), where=steps > 0)
+    return (round_e2m1(blocks * inverse) * steps).reshape(-1)
+
+
 def _least_divergence(magnitudes: np.ndarray, kind: str) -> float:
     """The threshold of TensorRT's entropy calibration: 2048 bins of |x|, 128 levels, every bin edge from 128 on.
 
-    fp8 is treated as int8 is: its own levels are dense near zero, where no clip changes them.
+    fp8 and nvfp4 are treated as int8 is: their own levels are dense near zero, where no clip changes them.
     """
     amax = float(magnitudes.max())
     if amax == 0:

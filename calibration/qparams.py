@@ -25,8 +25,8 @@ from exporter.core.strict_json import shorten
 from exporter.core.weights import QuantizedRows
 
 LINEAR = re.compile(r"(model\.layers\.\d+)\.((?:self_attn|mlp)\.\w+_proj)")
-TOPS = {"int8": np.float32(127), "fp8": np.float32(448)}
-"""Magnitude that a scale maps the largest value to."""
+TOPS = {"int8": np.float32(127), "fp8": np.float32(448), "nvfp4": np.float32(6 * 448)}
+"""Magnitude that a scale maps the largest value to; nvfp4: the largest code times the largest scale of a block."""
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -114,7 +114,8 @@ class QParams:
         return self._magnitudes(f"{_point(module)}.amax")
 
     def input_scale(self, module: str, activations: str) -> float:
-        """The scale that rounds a module's whole input: amax / 127 (int8/..) or amax / 448 (fp8/..), in float32.
+        """The scale that rounds a module's whole input: amax / 127 (int8/..), amax / 448 (fp8/..) or
+        amax / (6 * 448) (nvfp4/..), in float32.
 
         Where an observer clipped, its limit stands for amax. InputError where the file has neither.
         """

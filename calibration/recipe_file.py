@@ -12,7 +12,6 @@ from calibration.recipe_json import MAX_NAME
 from calibration.recipe_rules import checked
 from exporter.core.errors import InputError
 from exporter.core.recipe import (
-    ACTIVATIONS,
     CODED_FLOAT_BITS,
     INTEGER_BITS,
     KV_CACHES,
@@ -124,7 +123,7 @@ def _section_precision(path: Path, part: str, section: dict[str, Any], base: Pre
 def _kept_activations(base: Precision, kind: str) -> str:
     """Activations stay with a kind of the same family, and go with another one."""
     family = "int8" if kind in INTEGER_BITS else kind
-    return base.activations if base.activations in ACTIVATIONS and base.activations.startswith(family) else ""
+    return base.activations if kind == base.kind or base.activations.partition("/")[0] == family else ""
 
 
 def _group_size(path: Path, where: str, value: object) -> int:

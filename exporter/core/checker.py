@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from exporter.core.canonical import INTERFACES, OPSET, CanonicalModel, Slice
 from exporter.core.config import ModelConfig
 from exporter.core.errors import BudgetError
-from exporter.core.weight_checks import type_name, weight_faults
+from exporter.core.weight_checks import type_name, unrounded_weights, weight_faults
 
 if TYPE_CHECKING:
     # Imported lazily below: core must load where the ONNX packages are not installed.
@@ -91,7 +91,8 @@ def _interface_faults(piece: Slice) -> Iterator[str]:
         expected = "INT64" if value.name in INTEGER_INPUTS else "FLOAT"
         if (found := type_name(value)) != expected:
             yield f"{value.name!r} is {found}, not {expected}"
-    if unused := [value.name for value in graph.inputs if not value.uses() and not value.is_graph_output()]:
+    idle = {f"{name}.input_scale" for name in unrounded_weights(piece)}
+    if unused := [v.name for v in graph.inputs if not (v.uses() or v.is_graph_output() or v.name in idle)]:
         yield f"inputs without use: {unused}"
 
 

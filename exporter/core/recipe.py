@@ -22,13 +22,18 @@ KIND_GROUPS = {
     "mxfp4": (32,),
 }
 FIXED_GROUPS = {"nvfp4": 16, "mxfp4": 32}
-ACTIVATIONS = ("int8/token", "int8/tensor", "fp8/token", "fp8/tensor")
+ACTIVATIONS = ("int8/token", "int8/tensor", "fp8/token", "fp8/tensor", "nvfp4/tensor")
 """How the input of a matrix is rounded: `token` with a scale max|x| / top of each token, computed as it comes;
-`tensor` with one scale from calibration. top is 127 for int8, 448 for fp8 (E4M3)."""
-KV_CACHES = ("fp32", "fp16", "int8", "fp8")
+`tensor` with one scale from calibration. top is 127 for int8, 448 for fp8 (E4M3), 6 * 448 for nvfp4: E2M1 in blocks of
+16, each with an E4M3 scale, computed as it comes, times the one from calibration."""
+KV_CACHES = ("fp32", "fp16", "bf16", "int8", "fp8")
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, **INTEGER_BITS, **CODED_FLOAT_BITS}
 ALGORITHMS = ("rotate", "smoothquant", "awq", "gptq")
 NEEDING_DATA = ("smoothquant", "awq", "gptq")
+ACTIVATIONS_REMEDY = (
+    "int8 goes with integer weights, fp8 with fp8 ones, fp8/tensor with symmetric int4 ones too, "
+    "nvfp4/tensor with nvfp4 ones"
+)
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,9 @@ class Precision:
         if self.activations not in ACTIVATIONS:
             what = f"unknown precision of activations {self.activations!r}"
             raise InputError("recipe.activations", what, f"use one of {', '.join(ACTIVATIONS)}")
-        fitting = "int8" if self.is_integer else "fp8"
-        if self.kind not in (*INTEGER_BITS, "fp8") or not self.activations.startswith(fitting):
+        if not _activations_fit(self, self.activations):
             what = f"{self.activations} activations for {self.kind} weights"
-            raise InputError("recipe.activations", what, "int8 goes with integer weights, fp8 with fp8 ones")
+            raise InputError("recipe.activations", what, ACTIVATIONS_REMEDY)
 
     @property
     def is_integer(self) -> bool:
@@ -133,9 +137,10 @@ def all_precisions() -> list[Precision]:
 
 
 def _activations_fit(precision: Precision, activations: str) -> bool:
-    if precision.is_integer:
-        return activations.startswith("int8")
-    return precision.kind == "fp8" and activations.startswith("fp8")
+    if precision.kind == "int4" and precision.symmetric and activations == "fp8/tensor":
+        return True
+    kind = "int8" if precision.is_integer else precision.kind
+    return activations.partition("/")[0] == kind
 
 
 @dataclass(frozen=True)
@@ -168,8 +173,8 @@ class Recipe:
     """A named choice of precision for the decoder layers' matrices, the head and the embedding.
 
     Norms, biases and rotary tables always stay fp32. `kv_cache` is the storage of keys (after rotation) and values:
-    `fp32`, `fp16`, `int8` with one scale max|x| / 127 for each position and head (or, where a target wants it, one
-    from calibration), or `fp8` with one scale for all keys and one for all values of a layer, from calibration.
+    `fp32`, `fp16`, `bf16`, `int8` with one scale max|x| / 127 for each position and head (or, where a target wants it,
+    one from calibration), or `fp8` with one scale for all keys and one for all values of a layer, from calibration.
     `algorithms` run in the order of ALGORITHMS; without any, weights are rounded to nearest.
     """
 
@@ -233,4 +238,10 @@ class Recipe:
 
 def kv_cache_bytes(kind: str, head_dim: int) -> int:
     """Bytes of the key, or the value, of one head at one position."""
-    return {"fp32": 4 * head_dim, "fp16": 2 * head_dim, "int8": head_dim + 4, "fp8": head_dim}[kind]
+    return {
+        "fp32": 4 * head_dim,
+        "fp16": 2 * head_dim,
+        "bf16": 2 * head_dim,
+        "int8": head_dim + 4,
+        "fp8": head_dim,
+    }[kind]

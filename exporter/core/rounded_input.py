@@ -8,6 +8,9 @@
 
 top is 127 for int8 and 448 for fp8; least, 2^-126, keeps rows of zeros zero. In numbers, for both:
 int8: clip(rint(x / s), -128, 127) * s, halves to even; fp8: E4M3(x / s) * s, saturating at 448, halves to even.
+
+`nvfp4/tensor` has no nodes, for no CPU runtime has FP4: the graph input `w.input_scale` [1] lies beside the weight,
+unused, for the targets that round so. The canonical model, run as it is, leaves that input as it is.
 """
 
 from dataclasses import dataclass
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 TOPS = {"int8": 127.0, "fp8": 448.0}
 """What the largest magnitude of a token is mapped to."""
+UNROUNDED = ("nvfp4/tensor",)
+"""What the canonical model asks for by a scale alone, without nodes."""
 LEAST_SCALE = 2.0**-126
 CODE_TYPES = {"int8": "INT8", "fp8": "FLOAT8E4M3FN"}
 """The ONNX type of rounded inputs."""

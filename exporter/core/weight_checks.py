@@ -7,7 +7,7 @@ from exporter.core.canonical import INTERFACES, CheckpointWeight, RotaryTable, S
 from exporter.core.config import ModelConfig
 from exporter.core.number_formats import TABLE_KINDS
 from exporter.core.recipe import Precision
-from exporter.core.rounded_input import RoundedInput, match_rounded_input
+from exporter.core.rounded_input import UNROUNDED, RoundedInput, match_rounded_input
 from exporter.core.table_weight import TABLES, match_table_weight
 
 if TYPE_CHECKING:
@@ -49,6 +49,12 @@ def weight_faults(piece: Slice, config: ModelConfig) -> list[str]:
         return faults
     coded = (_use_fault(piece, name, shape) for name, shape in stacked.items())
     return [*(fault for fault in coded if fault), *_rounding_faults(piece)]
+
+
+def unrounded_weights(piece: Slice) -> list[str]:
+    """Weights whose precision asks for a rounding of the input that the graph does not compute."""
+    coded = ((name, weight) for name, weight in piece.weights.items() if isinstance(weight, CheckpointWeight))
+    return [name for name, weight in coded if weight.precision.activations in UNROUNDED]
 
 
 def type_name(value: "ir.Value") -> str:
@@ -165,6 +171,7 @@ def _rounding_faults(piece: Slice) -> Iterator[str]:
 def _activation_faults(piece: Slice, name: str, found: RoundedInput | None) -> Iterator[str]:
     weight = piece.weights.get(name)
     asked = weight.precision.activations if isinstance(weight, CheckpointWeight) else ""
+    asked = "" if asked in UNROUNDED else asked
     done = found.activations if found else ""
     if asked != done:
         yield f"the input of {name!r} is rounded to {done or 'nothing'}, not to {asked or 'nothing'}"

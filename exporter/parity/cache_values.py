@@ -14,12 +14,14 @@ Scales = tuple[float, float]
 def round_cached(x: torch.Tensor, kind: str, scale: float | None = None) -> torch.Tensor:
     """float32 keys (after rotation) or values [.., S, D] as a cache of `kind` gives them back, float32.
 
-    fp16: to nearest, ties to even. int8: code = rint(x / scale), scale = max|x| / 127 of each position and head, zeros
-    stay zero; with a `scale` from calibration that one, codes saturating at -128 and 127. fp8: E4M3 of x / scale,
+    fp16, bf16: to nearest, ties to even. int8: code = rint(x / scale), scale = max|x| / 127 of each position and head,
+    zeros stay zero; with a `scale` from calibration that one, codes saturating at -128 and 127. fp8: E4M3 of x / scale,
     saturating at 448; the scale is calibrated always.
     """
     if kind == "fp16":
         return x.half().float()
+    if kind == "bf16":
+        return x.bfloat16().float()
     if kind == "int8" and scale is None:
         step = x.abs().amax(-1, keepdim=True) / INT8_TOP
         return torch.where(step > 0, torch.round(x / step) * step, torch.zeros_like(x))

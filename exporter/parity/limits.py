@@ -100,8 +100,8 @@ def local_error(config: ModelConfig) -> float:
     return LOCAL_ERROR * max(1.0, max(config.hidden_size, config.intermediate_size) / 256) ** 0.25
 
 
-CACHES = {"fp32": FP32, "fp16": FP16, "int8": INT8_CACHE, "fp8": FP8_CACHE}
-"""The rows of KV caches: float16 keys and values err as much as float16 weights do."""
+CACHES = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": INT8_CACHE, "fp8": FP8_CACHE}
+"""The rows of KV caches: float16 and bfloat16 keys and values err as much as such weights do."""
 
 CHAINED_ERROR = 2e-5
 """Hidden states of a lossless stage that ran on its own from the start: the contract's ceiling for fp32."""
@@ -181,7 +181,7 @@ class EngineLimits:
 
 
 def engine_limits(recipe: Recipe, *, rounded_activations: bool, half_arithmetic: bool = False) -> EngineLimits:
-    """`rounded_activations`: the engine rounds what matrices multiply, to int8 or E4M3."""
+    """`rounded_activations`: the engine rounds what matrices multiply, to int8, E4M3 or E2M1."""
     if rounded_activations or half_arithmetic:
         return EngineLimits(SIMULATION_COARSE, SIMULATION_COARSE)
     if recipe.kv_cache != "fp32":

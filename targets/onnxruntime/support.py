@@ -4,6 +4,7 @@ from calibration.coverage import kernel_group
 from exporter.core.config import ModelConfig
 from exporter.core.recipe import GROUP_SIZES, KV_CACHES, Precision, Recipe, all_precisions
 from exporter.core.support import Support
+from targets.gpu_activations import refused_on_cpus
 from targets.onnxruntime.stored_rows import E2M1_KINDS
 
 # GroupQueryAttention's rotary kernel: "head_size shall be a multiple of 16".
@@ -11,8 +12,10 @@ HEAD_DIM_MULTIPLE = 16
 
 
 def precision_support(precision: Precision) -> Support:
-    """One precision of weights, whatever the model."""
+    """One precision of weights and of their matrix's input, whatever the model."""
     kind = precision.kind
+    if (refused := refused_on_cpus(precision)) is not None:
+        return refused
     if kind in ("bf16", "fp16"):
         return Support("emulated", f"{kind} weights become fp32 when the engine is loaded")
     if kind == "int6":

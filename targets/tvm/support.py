@@ -3,12 +3,15 @@
 from exporter.core.config import ModelConfig
 from exporter.core.recipe import GROUP_SIZES, KV_CACHES, Precision, Recipe, all_precisions
 from exporter.core.support import Support
+from targets.gpu_activations import refused_on_cpus
 from targets.tvm.formats import multiplies_integers, stored_group
 
 
 def precision_support(precision: Precision) -> Support:
     """One precision of weights and of their matrix's input, whatever the model."""
     kind = precision.kind
+    if (refused := refused_on_cpus(precision)) is not None:
+        return refused
     if kind in ("bf16", "fp16"):
         return Support("emulated", f"{kind} weights are stored and read as such, and computed with in fp32")
     if kind == "fp8":
@@ -30,6 +33,8 @@ def _native(precision: Precision) -> str:
 
 def kv_cache_support(kind: str) -> Support:
     """One storage of keys and values."""
+    if kind == "bf16":
+        return Support("refused", "no kernel reads a KV cache in bf16; fp16 is as small", "use --kv-cache fp16 or fp32")
     if kind == "fp8":
         return Support("refused", "no kernel reads a KV cache in fp8; int8 is as small", "use --kv-cache int8")
     return Support("native")
