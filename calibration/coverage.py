@@ -140,13 +140,13 @@ def coverage(config: ModelConfig, recipe: Recipe, matrix_bits: MatrixBits = plai
     Raises InputError where overrides make no sense (`check_layers`).
     """
     check_layers(config, recipe)
-    hidden, vocabulary = config.hidden_size, config.vocab_size
-    tensors = [_tensor("model.embed_tokens.weight", (vocabulary, hidden), recipe.embedding.weight_only)]
+    hidden = config.hidden_size
+    tensors = [_tensor("model.embed_tokens.weight", (config.vocab_size, hidden), recipe.embedding.weight_only)]
     for layer in range(config.num_layers):
         for name, shape in config.linear_shapes.items():
             asked = recipe.layer_precision(layer, name)
             tensors.append(_tensor(f"model.layers.{layer}.{name}.weight", shape, asked))
-    tensors.append(_tensor("lm_head.weight", (vocabulary, hidden), recipe.lm_head))
+    tensors.append(_tensor("lm_head.weight", (config.head_size, hidden), recipe.lm_head))
     total = sum(t.parameters for t in tensors)
     covered = sum(t.parameters for t in tensors if t.covered)
     return Coverage(tuple(tensors), covered / total, _bits_per_weight(config, tensors, matrix_bits))

@@ -75,7 +75,7 @@ class WeightRows:
             self._tensor_rows(name, weight.precision, low, high)
             for name, low, high in stacked_ranges(self.checkpoint, weight, start, stop)
         ]
-        return _concatenate(parts) if parts else self._rounded(weight, start, start, 0.0)
+        return joined_rows(parts) if parts else self._rounded(weight, start, start, 0.0)
 
     def _tensor_rows(self, name: str, precision: Precision, start: int, stop: int) -> QuantizedRows:
         found = self.stored.rows(name, precision.weight_only, start, stop) if self.stored is not None else None
@@ -134,7 +134,8 @@ def stacked_ranges(
         first += rows
 
 
-def _concatenate(parts: list[QuantizedRows]) -> QuantizedRows:
+def joined_rows(parts: list[QuantizedRows]) -> QuantizedRows:
+    """Rows of one precision, one part under the other."""
     if len(parts) == 1:
         return parts[0]
     zero_points = [part.zero_points for part in parts if part.zero_points is not None]

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from calibration.labelled_codes import labelled_codes
 from calibration.qparams import QParams
 from calibration.transformed import with_transforms
-from calibration.weight_rows import WeightRows
+from calibration.weight_rows import StoredWeights, WeightRows
 from exporter.core.checkpoint import Checkpoint
+from exporter.core.labelled import LabelledCheckpoint
 from exporter.core.recipe import Recipe
 from targets.base import RowReader, Target
 
@@ -40,9 +42,16 @@ def calibrated_numbers(
     InputError where recipe or target ask for a scale whose statistics are not in the file.
     """
     transformed = with_transforms(checkpoint, parameters.transforms)
-    rows = WeightRows(transformed, threads or None, parameters)
+    rows = WeightRows(transformed, threads or None, _stored(checkpoint, parameters))
     scales = _input_scales(transformed, recipe, parameters)
     return RecipeNumbers(transformed, rows, scales, _kv_scales(checkpoint, recipe, parameters, target))
+
+
+def _stored(checkpoint: Checkpoint, parameters: QParams) -> StoredWeights:
+    """The file's codes; those of the labels' rows where the checkpoint's head has no others."""
+    if isinstance(checkpoint, LabelledCheckpoint):
+        return labelled_codes(parameters, checkpoint, parameters.transforms)
+    return parameters
 
 
 def _input_scales(checkpoint: Checkpoint, recipe: Recipe, parameters: QParams) -> dict[str, float]:

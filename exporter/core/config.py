@@ -49,7 +49,11 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of one LlamaForCausalLM. `raw` is the config.json it came from."""
+    """The shape of one LlamaForCausalLM. `raw` is the config.json it came from.
+
+    `head_rows`: the rows of the output head, where it has others than the vocabulary (a classifier's labels:
+    `exporter.core.labelled`); such a head is never tied.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -68,6 +72,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     raw: dict[str, Any]
+    head_rows: int | None = None
 
     @staticmethod
     def from_directory(path: Path) -> "ModelConfig":
@@ -117,8 +122,18 @@ class ModelConfig:
             shapes[f"{prefix}post_attention_layernorm.weight"] = (self.hidden_size,)
         shapes["model.norm.weight"] = (self.hidden_size,)
         if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+            shapes["lm_head.weight"] = (self.head_size, self.hidden_size)
         return shapes
+
+    @property
+    def head_size(self) -> int:
+        """Logits of a position: one for each token, or for each label."""
+        return self.vocab_size if self.head_rows is None else self.head_rows
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the head has rows for labels alone."""
+        return self.head_rows is not None
 
     @property
     def head_source(self) -> str:

@@ -102,7 +102,7 @@ class SliceRunner:
 
     def logit_columns(self, piece: Slice, hidden: np.ndarray) -> Iterator[np.ndarray]:
         """Logits [R, C] over the vocabulary, in the blocks of `row_chunks`, for hidden [R, H]."""
-        for start, stop in row_chunks((self._config.vocab_size, self._config.hidden_size)):
+        for start, stop in row_chunks((self._config.head_size, self._config.hidden_size)):
             logits = self._run_head(piece, hidden, (start, stop))["logits"]
             yield logits.reshape(len(hidden), stop - start)
 

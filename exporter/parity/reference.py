@@ -128,8 +128,8 @@ class EagerModel:
 
     @property
     def column_ranges(self) -> Iterator[tuple[int, int]]:
-        """The blocks of vocabulary columns in which logits are made."""
-        return row_chunks((self.config.vocab_size, self.config.hidden_size))
+        """The blocks of the head's columns in which logits are made."""
+        return row_chunks((self.config.head_size, self.config.hidden_size))
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits [R, V] at once: for few rows."""

@@ -37,10 +37,13 @@ def llama_config(config: ModelConfig, layers: int) -> LlamaConfig:
     return llama
 
 
-def build_model(llama: LlamaConfig) -> LlamaForCausalLM:
-    """An fp32 model in evaluation mode on the meta device: shapes and types, no data."""
+def build_model(llama: LlamaConfig, head_size: int) -> LlamaForCausalLM:
+    """An fp32 model in evaluation mode on the meta device, with a head of so many rows: shapes and types, no data."""
     with torch.device("meta"):
-        return LlamaForCausalLM._from_config(llama, dtype=torch.float32).eval()
+        model: LlamaForCausalLM = LlamaForCausalLM._from_config(llama, dtype=torch.float32).eval()
+        if head_size != llama.vocab_size:
+            model.lm_head = torch.nn.Linear(llama.hidden_size, head_size, bias=False)
+    return model
 
 
 def inverse_frequencies(llama: LlamaConfig) -> np.ndarray:

@@ -114,7 +114,7 @@ def _activation_shape(kind: str, name: str, config: ModelConfig) -> list[int | s
         "hidden": ["B", "S", config.hidden_size],
         "hidden_out": ["B", "S", config.hidden_size],
         "attention_mask": ["B", 1, "S", "T"],
-        "logits": ["B", "S", config.vocab_size],
+        "logits": ["B", "S", config.head_size],
         **dict.fromkeys(("past_key", "past_value", "present_key", "present_value"), cache),
     }
     return shapes.get(name)

@@ -18,7 +18,7 @@ TORCHLIB_OPSET = 18
 
 def export_whole(config: ModelConfig, layers: int) -> ir.Model:
     """The raw graph of a Llama with `layers` layers: inputs, outputs and weights as `LlamaWithBoundaries` has them."""
-    module = LlamaWithBoundaries(build_model(llama_config(config, layers)))
+    module = LlamaWithBoundaries(build_model(llama_config(config, layers), config.head_size))
     dynamic = torch.export.Dim.DYNAMIC
     shapes = (
         {0: dynamic, 1: dynamic},

@@ -16,7 +16,7 @@ def export_whole(config: ModelConfig, layers: int) -> ir.Model:
 
     Tracing runs on the meta device, so neither weights nor activations exist.
     """
-    module = LlamaWithBoundaries(build_model(llama_config(config, layers)))
+    module = LlamaWithBoundaries(build_model(llama_config(config, layers), config.head_size))
     past = [f"past_{i}" for i in range(2 * layers)]
     axes = {
         "input_ids": {0: "B", 1: "S"},

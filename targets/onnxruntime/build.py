@@ -49,7 +49,7 @@ def signature(config: ModelConfig, cache: KvCache) -> dict[str, dict[str, dict[s
             **{f"past_key_values.{name}": stored for name in layers},
         },
         "outputs": {
-            "logits": tensor("float32", "batch", 1, config.vocab_size),
+            "logits": tensor("float32", "batch", 1, config.head_size),
             **{f"present.{name}": stored for name in layers},
         },
     }

@@ -116,4 +116,4 @@ def _lower_head(
         lower_node(low, node)
     flat = low.tensor(part.structure.graph.outputs[0])
     logits = graph.op("Unsqueeze", [flat, graph.constant([1])], "logits_per_row", outputs=["logits"])
-    graph.output(logits, FLOAT, ["batch_size", 1, config.vocab_size])
+    graph.output(logits, FLOAT, ["batch_size", 1, config.head_size])

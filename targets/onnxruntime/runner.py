@@ -40,7 +40,7 @@ class OnnxRuntimeRunner(CachedRows):
             for index in range(config.num_layers)
             for which in ("key", "value")
         }
-        self._logits = np.zeros((self._batch, 1, config.vocab_size), np.float32)
+        self._logits = np.zeros((self._batch, 1, config.head_size), np.float32)
         self._bindings: dict[Rows, ort.IOBinding] = {}
 
     def close(self) -> None:

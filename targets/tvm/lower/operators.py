@@ -210,7 +210,7 @@ def lower_outputs(low: SliceLowering) -> None:
     for output in low.slice.structure.graph.outputs:
         value = low.lowered(output)
         if output.name == "logits" and isinstance(value, Product):
-            if value.matrix.rows != low.setting.config.vocab_size:
+            if value.matrix.rows != low.setting.config.head_size:
                 raise low.refuse(f"{value.matrix.name} gives {value.matrix.rows} logits")
             write_product(low, value, "plain", low.parameters["logits"])
         elif output.name in ("present_key", "present_value"):

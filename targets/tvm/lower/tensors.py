@@ -18,7 +18,7 @@ def hidden(config: ModelConfig) -> Tensor:
 
 
 def logits(config: ModelConfig) -> Tensor:
-    return Tensor("logits", "float32", ("Q", config.vocab_size))
+    return Tensor("logits", "float32", ("Q", config.head_size))
 
 
 def cache_tensors(config: ModelConfig, kind: str, isa: Isa) -> tuple[Tensor, ...]:
