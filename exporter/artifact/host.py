@@ -1,28 +1,25 @@
 """Whether an artifact fits this machine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from exporter.artifact.gpu_fit import Mismatch as Mismatch
+from exporter.artifact.gpu_fit import gpu_mismatches
+from exporter.core.gpu import GpuHost, gpu_host
 from exporter.core.machine import cpu_features, triple
 
-
-@dataclass(frozen=True)
-class Mismatch:
-    """One reason why an engine does not run here: `what` is `triple`, `cpu_features` or `requirements`."""
-
-    what: str
-    message: str
-    remedy: str
+KNOWN = {"cpu_features", "gpu"}
 
 
-def check_host(built_for: str, requirements: Mapping[str, Any]) -> list[Mismatch]:
-    """Every reason why this machine cannot run an engine of a triple with these requirements; empty when it can."""
+def check_host(built_for: str, requirements: Mapping[str, Any], host: GpuHost | None = None) -> list[Mismatch]:
+    """Every reason why this machine cannot run an engine of a triple with these requirements; empty when it can.
+
+    `host`: the GPUs, driver and runtimes to compare with, if not this machine's. Nothing is deserialized.
+    """
     if built_for != triple():
         why = f"the engine was built for {built_for}, this is {triple()}"
         return [Mismatch("triple", why, "run it there, or build it again from the checkpoint for a machine like this")]
     found = []
-    known = {"cpu_features"}
     if missing := sorted(set(requirements.get("cpu_features", [])) - cpu_features()):
         found.append(
             Mismatch(
@@ -31,7 +28,7 @@ def check_host(built_for: str, requirements: Mapping[str, Any]) -> list[Mismatch
                 "run it on a newer CPU, or build it again on this machine",
             )
         )
-    if unknown := sorted(requirements.keys() - known):
+    if unknown := sorted(requirements.keys() - KNOWN):
         found.append(
             Mismatch(
                 "requirements",
@@ -39,4 +36,6 @@ def check_host(built_for: str, requirements: Mapping[str, Any]) -> list[Mismatch
                 "use the enginesmith version that built it, or a newer one",
             )
         )
+    if "gpu" in requirements:
+        found += gpu_mismatches(requirements["gpu"], host or gpu_host())
     return found
