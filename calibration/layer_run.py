@@ -192,17 +192,24 @@ class LayerRun:
         scale = self._scales[point]
         return scale.reshape(self._heads)[:, 0].reshape(-1) if point == "attention_output" else scale
 
+    def _shared_amax(self, point: str, precision: Precision) -> float | None:
+        """max|w| of the point's matrices where one scale serves them all, as `sharing_scale` says."""
+        if precision.kind != "nvfp4":
+            return None
+        return max(float(np.abs(self._transformed(point, module)).max()) for module in CONSUMERS[point])
+
     def _choose(self, point: str, statistics: InputStatistics) -> None:
         """Write the input's statistics and the codes of the point's matrices; with GPTQ, exchange the weights."""
         precision = self._precision(point)
         clip = input_clip(self.recipe, precision, statistics)
         self.writer.add_input_amax(self.index, point, statistics.amax, clip)
         chooser = CodeChooser(self.recipe, precision, statistics)
+        amax = self._shared_amax(point, precision) if chooser.chooses else None
         for module in CONSUMERS[point]:
             values = self._transformed(point, module)
             name = f"model.layers.{self.index}.{module}"
             if chooser.chooses:
-                blocks = list(chooser.blocks(values.shape, rows_of(values)))
+                blocks = list(chooser.blocks(values.shape, rows_of(values), amax))
                 self.writer.add_codes(f"{name}.weight", blocks)
                 if chooser.report:
                     self.writer.add_report(name, chooser.report)

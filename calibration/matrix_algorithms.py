@@ -151,11 +151,13 @@ class CodeChooser:
             return gptq.quantize(values, self.precision, self._factor, self.recipe.options, tensor_amax)
         return awq.clipped(values, self.statistics, self.precision, tensor_amax)
 
-    def blocks(self, shape: tuple[int, ...], read: Callable[[int, int], np.ndarray]) -> Iterator[QuantizedRows]:
-        """Codes of a matrix [N, K], as many rows at a time as memory allows; `read(start, stop)` gives its rows."""
+    def blocks(
+        self, shape: tuple[int, ...], read: Callable[[int, int], np.ndarray], amax: float | None = None
+    ) -> Iterator[QuantizedRows]:
+        """Codes of a matrix [N, K], as many rows at a time as memory allows; `read(start, stop)` gives its rows.
+        `amax`, max|w| of all matrices that one scale serves, where it is not that of this one."""
         ranges = list(row_chunks(shape, BLOCK_ELEMENTS))
-        amax = None
-        if wants_tensor_amax(self.precision):
+        if amax is None and wants_tensor_amax(self.precision):
             amax = max(float(np.abs(read(*part)).max()) for part in ranges)
         for start, stop in ranges:
             yield self.codes(read(start, stop), amax)

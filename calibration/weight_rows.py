@@ -12,6 +12,7 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
+from calibration.coverage import PACKS
 from calibration.rtn import magnitude, quantize_rows, wants_tensor_amax
 from exporter.core.canonical import CheckpointWeight
 from exporter.core.checkpoint import Checkpoint
@@ -81,8 +82,12 @@ class WeightRows:
         found = self.stored.rows(name, precision.weight_only, start, stop) if self.stored is not None else None
         if found is not None:
             return replace(found, precision=precision)
-        amax = self._tensor_amax(name) if wants_tensor_amax(precision) else None
+        amax = self._shared_amax(name, precision) if wants_tensor_amax(precision) else None
         return self._rounded(CheckpointWeight((name,), precision), start, stop, amax)
+
+    def _shared_amax(self, name: str, precision: Precision) -> float:
+        """max|w| of all matrices that one scale serves."""
+        return max(map(self._tensor_amax, sharing_scale(name, precision)))
 
     def _tensor_amax(self, name: str) -> float:
         """max|w| of a whole tensor: read once, by the first thread that asks."""
@@ -119,6 +124,17 @@ class WeightRows:
         ranges = stacked_ranges(self.checkpoint, weight, start, stop)
         parts = [self.checkpoint.read_rows(name, low, high) for name, low, high in ranges]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def sharing_scale(name: str, precision: Precision) -> tuple[str, ...]:
+    """The matrices (`model.layers.0.self_attn.q_proj.weight`) whose maximum scales this one: in nvfp4 all with the same
+    input, as engines that compute them in one product have one scale for it; in fp8 each has its own."""
+    for pack in PACKS if precision.kind == "nvfp4" else ():
+        for module in pack:
+            prefix = name.removesuffix(f".{module}.weight")
+            if prefix != name:
+                return tuple(f"{prefix}.{each}.weight" for each in pack)
+    return (name,)
 
 
 def stacked_ranges(

@@ -136,10 +136,14 @@ PER_MATRIX = [Precision("fp8", TENSOR), Precision("nvfp4", 16)]
 
 
 @pytest.mark.parametrize("precision", PER_MATRIX, ids=Precision.describe)
-def test_each_tensor_of_a_stack_has_its_own_maximum(tiny_checkpoint: Factory, precision: Precision) -> None:
+def test_tensors_of_a_stack_have_a_maximum_each_in_fp8_and_one_in_nvfp4(
+    tiny_checkpoint: Factory, precision: Precision
+) -> None:
     path = tiny_checkpoint("biases")
-    tensors = load_file(path / "model.safetensors")
-    parts = [quantize_rows(tensors[name].float().numpy(), precision) for name in QKV]
+    tensors = {name: load_file(path / "model.safetensors")[name].float().numpy() for name in QKV}
+    shared = max(float(np.abs(values).max()) for values in tensors.values())
+    amax = shared if precision.kind == "nvfp4" else None
+    parts = [quantize_rows(tensors[name], precision, amax) for name in QKV]
     rows, weight = WeightRows(Checkpoint.open(path)), CheckpointWeight(QKV, precision)
     for start, stop in RANGES:
         found = rows(weight, start, stop)
@@ -221,6 +225,8 @@ def test_every_precision_is_that_of_each_whole_tensor(tiny_checkpoint: Factory, 
     path = tiny_checkpoint("gqa", hidden_size=256)
     rows = WeightRows(Checkpoint.open(path))(CheckpointWeight(QKV, precision), 250, 400)
     assert isinstance(rows, QuantizedRows) and rows.scales.shape == (150, precision.groups(256))
-    tensors = load_file(path / "model.safetensors")
-    parts = [quantize_rows(tensors[name].float().numpy(), precision).dequantize() for name in QKV]
+    tensors = {name: load_file(path / "model.safetensors")[name].float().numpy() for name in QKV}
+    # One scale of nvfp4 serves all three.
+    amax = max(float(np.abs(values).max()) for values in tensors.values()) if precision.kind == "nvfp4" else None
+    parts = [quantize_rows(tensors[name], precision, amax).dequantize() for name in QKV]
     np.testing.assert_array_equal(rows.dequantize(), np.concatenate(parts)[250:400])
