@@ -16,18 +16,22 @@ from targets.onnxruntime.weight_file import WeightFile
 
 
 def build_engine(source: BuildSource, out_dir: Path, progress: Progress, versions: dict[str, str]) -> BuildResult:
-    """Write model.onnx, model.onnx.data and genai_config.json; the same source gives the same bytes."""
+    """Write model.onnx, model.onnx.data and genai_config.json; the same source gives the same bytes.
+
+    A classifier has no genai_config.json: onnxruntime-genai generates, and takes every logit for a token's.
+    """
     cache = kv_cache(source)
     with WeightFile(out_dir / DATA, source.checkpoint, source.rows) as weights:
         model = lower(source.model, source.config, cache, weights, progress)
     serialized = ir.to_proto(model).SerializeToString(deterministic=True)
-    config = genai_config(source.config, source.limits, MODEL)
+    others = {} if source.config.classifies else {GENAI: genai_config(source.config, source.limits, MODEL)}
     with output_errors(out_dir / MODEL):
         (out_dir / MODEL).write_bytes(serialized)
-        (out_dir / GENAI).write_text(config, encoding="utf-8")
+        for name, text in others.items():
+            (out_dir / name).write_text(text, encoding="utf-8")
     progress.advance(1.0, "written")
     return BuildResult(
-        files=[MODEL, DATA, GENAI],
+        files=[MODEL, DATA, *others],
         toolchain=versions,
         signature=signature(source.config, cache),
         weights_bytes=weights.weights_bytes,

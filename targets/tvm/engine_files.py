@@ -46,6 +46,7 @@ class EngineIndex:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    head_size: int
     chunk: int
     cache_kind: str
     cache_block: int
@@ -105,6 +106,8 @@ def _index(fields: Any) -> EngineIndex:
         profile=str(fields["profile"]),
         **{name: _size(fields, name) for name in ("hidden_size", "num_layers", "num_kv_heads", "head_dim")},
         vocab_size=_size(fields, "vocab_size"),
+        # Engines of versions that knew no classifiers do not say it.
+        head_size=_size(fields, "head_size" if "head_size" in fields else "vocab_size"),
         chunk=_size(fields, "chunk"),
         cache_kind=cache["kind"],
         cache_block=_size(cache, "block"),

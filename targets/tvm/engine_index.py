@@ -32,6 +32,7 @@ def engine_index(
         "num_kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
+        "head_size": config.head_size,
         "max_batch": limits.max_batch,
         "max_seq_len": limits.max_seq_len,
         "chunk": chunk,

@@ -45,7 +45,7 @@ class TvmRunner(CachedRows):
         ]
         before = self.lengths.copy()
         self.hidden = self._hidden_arrays(ids.shape)
-        logits = np.zeros((self._batch, self._index.vocab_size), np.float32)
+        logits = np.zeros((self._batch, self._index.head_size), np.float32)
         for parts in cut_into_steps(rows, self._index.chunk):
             states = self._step.run(parts, logits, self._keep_hidden)
             for part in parts:
@@ -82,7 +82,7 @@ class _Step:
         ]
         self._caches, self._weights = ffi.convert(caches), ffi.convert(parts)
         self._forward = self._library.function("forward")
-        self._buffers = StepBuffers(index.chunk, batch, index.hidden_size, index.vocab_size, ffi.from_dlpack)
+        self._buffers = StepBuffers(index.chunk, batch, index.hidden_size, index.head_size, ffi.from_dlpack)
         self._functions = {name: self._library.function(name) for name in {"embed", "head", *index.layer_functions}}
         self._layers: list[tuple[Function, Any, Any]] = [
             (self._functions[name], cache, weight)
@@ -130,7 +130,7 @@ def _refused(error: Exception) -> ArtifactError:
 
 def _check_config(index: EngineIndex, config: ModelConfig) -> None:
     """The artifact's configuration and engine.json speak of one model."""
-    for name in ("hidden_size", "num_layers", "num_kv_heads", "head_dim", "vocab_size"):
+    for name in ("hidden_size", "num_layers", "num_kv_heads", "head_dim", "vocab_size", "head_size"):
         if getattr(index, name) != getattr(config, name):
             raise ArtifactError(
                 "tvm.index",

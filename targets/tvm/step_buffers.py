@@ -37,16 +37,16 @@ class Buffer:
 
 
 class StepBuffers:
-    """Buffers for steps of up to `chunk` tokens and `batch` rows."""
+    """Buffers for steps of up to `chunk` tokens and `batch` rows, with `head` logits each."""
 
-    def __init__(self, chunk: int, batch: int, hidden: int, vocabulary: int, from_dlpack: Callable[..., Any]) -> None:
+    def __init__(self, chunk: int, batch: int, hidden: int, head: int, from_dlpack: Callable[..., Any]) -> None:
         def buffer(*shape: int, dtype: Any = np.int32) -> Buffer:
             return Buffer(shape, dtype, from_dlpack)
 
         self._ids, self._positions, self._rows = buffer(chunk), buffer(chunk), buffer(chunk)
         self._segments, self._wanted = buffer(batch, 4), buffer(batch)
         self.hidden = buffer(chunk, hidden, dtype=np.float32)
-        self.logits = buffer(batch, vocabulary, dtype=np.float32)
+        self.logits = buffer(batch, head, dtype=np.float32)
 
     def fill(self, parts: list[RowPart]) -> tuple[Any, ...]:
         """ids, positions, token_rows, segments, out_rows, hidden and logits as tensors, in the order of `forward`."""
