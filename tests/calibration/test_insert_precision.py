@@ -18,9 +18,9 @@ from exporter.core.canonical import CanonicalModel, CheckpointWeight, RotaryTabl
 from exporter.core.checker import check_canonical
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
-from exporter.core.errors import InputError
+from exporter.core.errors import BudgetError, InputError
 from exporter.core.recipe import Override, Precision, Recipe, all_precisions
-from exporter.core.rounded_input import RoundedInput, match_rounded_input
+from exporter.core.rounded_input import UNROUNDED, RoundedInput, match_rounded_input
 from exporter.core.weights import QuantizedRows, weight_shape
 from exporter.parity.graph_slice import CompiledSlice
 from targets.onnxruntime.slice_session import SliceSession
@@ -202,6 +202,7 @@ WEIGHTS = [precision for precision in all_precisions() if not precision.activati
 ROUNDED = [precision for precision in all_precisions() if precision.activations]
 # Rounding an input is independent of how the weight is stored: each way, on each kind of weight.
 SOME_ROUNDED = [p for p in ROUNDED if p.group_size in (32, -1, 0) and p.kind != "int6"]
+assert not any(p.activations in UNROUNDED for p in SOME_ROUNDED)
 
 
 @pytest.mark.parametrize("precision", WEIGHTS, ids=Precision.describe)
@@ -222,7 +223,43 @@ def test_every_rounding_of_inputs_is_canonical(wide: Checkpoint, precision: Prec
         onnx.shape_inference.infer_shapes(ir.to_proto(part.structure), check_type=True, strict_mode=True)
         products = [node for node in part.structure.graph if node.op_type == "MatMul"]
         matches = [match_rounded_input(node.inputs[0]) for node in products]
-        assert [match.activations if match else None for match in matches] == [precision.activations] * len(products)
+        done = None if precision.activations in UNROUNDED else precision.activations
+        assert [match.activations if match else None for match in matches] == [done] * len(products)
+
+
+def test_nvfp4_inputs_have_a_scale_and_no_nodes(wide: Checkpoint) -> None:
+    """The graph computes what it does without them, and carries each matrix's scale for targets that round."""
+    precision, config = Precision("nvfp4", 16, activations="nvfp4/tensor"), wide.config
+    plain = apply_recipe(canonical_llama(config, MAX_SEQ_LEN), uniform(precision.weight_only), config)
+    scales = input_scales(config)
+    asked = apply_recipe(canonical_llama(config, MAX_SEQ_LEN), uniform(precision), config, scales)
+    for without, part in zip(plain.slices, asked.slices, strict=True):
+        assert operators(part.structure) == operators(without.structure)
+        stored, _ = stored_and_plain(part, WeightRows(wide))
+        feeds = activations(config, part.kind)
+        expected = SliceSession(without.structure).run({**feeds, **stored_and_plain(without, WeightRows(wide))[0]})
+        found = SliceSession(part.structure).run({**feeds, **stored})
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value)
+    carried = asked.layers[0].weights["mlp.down_proj.weight.input_scale"]
+    assert isinstance(carried, ScaleValue)
+    assert carried.values() == np.float32(scales["model.layers.0.mlp.down_proj"])
+    with pytest.raises(InputError, match="needs the calibrated scale"):
+        apply_recipe(canonical_llama(config, MAX_SEQ_LEN), uniform(precision), config)
+
+
+def test_only_a_scale_that_a_precision_asks_for_may_lie_idle(wide: Checkpoint) -> None:
+    """The checker refuses any other input without use, and a scale that nobody asked for."""
+    precision = Precision("nvfp4", 16, activations="nvfp4/tensor")
+    model = apply_recipe(
+        canonical_llama(wide.config, MAX_SEQ_LEN), uniform(precision), wide.config, input_scales(wide.config)
+    )
+    head = model.head
+    weight = head.weights["lm_head.weight"]
+    assert isinstance(weight, CheckpointWeight)
+    head.weights["lm_head.weight"] = replace(weight, precision=precision.weight_only)
+    with pytest.raises(BudgetError, match="inputs without use"):
+        check_canonical(model, wide.config)
 
 
 def rounded_products(part: Slice) -> Iterator[tuple[ir.Node, RoundedInput]]:

@@ -74,6 +74,27 @@ def test_mse_takes_the_best_clip_of_the_grid(kind: str, code: str) -> None:
         assert own <= min(errors) * 1.001 + 1e-12
 
 
+def nvfp4(values: np.ndarray, clip: float) -> np.ndarray:
+    """Blocks of 16 in E2M1, by the types of ml_dtypes; `clip` is what the largest code and scale reach."""
+    blocks, scale = values.reshape(-1, 16), clip / (6 * 448)
+    own = np.minimum(np.abs(blocks).max(1, keepdims=True) / 6 / scale, 448)
+    step = own.astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
+    codes = np.divide(blocks, step, out=np.zeros_like(blocks), where=step > 0)
+    return (np.clip(codes, -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float64) * step).reshape(values.shape)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "token"])
+def test_mse_of_nvfp4_looks_at_whole_blocks(kind: str) -> None:
+    values, granularity = heavy(60, 64), GRANULARITIES[kind][0]
+    found = Observer("mse", "nvfp4").amax(values, granularity)
+    parts = [values.reshape(1, -1)] if kind == "tensor" else [row[None] for row in values]
+    for clip, part in zip(found.ravel(), parts, strict=True):
+        wide = part.astype(np.float64)
+        errors = [float(np.square(nvfp4(wide, c) - wide).sum()) for c in np.abs(wide).max() * np.arange(1, 101) / 100]
+        own = float(np.square(nvfp4(wide, float(clip)) - wide).sum())
+        assert own <= min(errors) * 1.001 + 1e-12  # rounding in float32 may turn a tie of codes
+
+
 def reference_divergence(counts: np.ndarray, kept: int) -> float:
     """Migacz, GTC 2017, slide 'Pseudocode', bin by bin."""
     p = [float(c) for c in counts[:kept]]

@@ -93,6 +93,8 @@ def test_statistics_come_back(sample: QParams) -> None:
     assert sample.input_amax("model.layers.7.mlp.up_proj") is None
     assert sample.input_scale("model.layers.1.self_attn.k_proj", "int8/tensor") == np.float32(3) / np.float32(127)
     assert sample.input_scale("lm_head", "fp8/tensor") == np.float32(3) / np.float32(448)
+    # The largest code of E2M1 times the largest E4M3 scale of a block: modelopt's NVFP4QTensor has the same.
+    assert sample.input_scale("lm_head", "nvfp4/tensor") == np.float32(3) / np.float32(2688)
     # An observer's limit goes before the largest value.
     assert sample.input_scale("model.layers.0.mlp.down_proj", "fp8/tensor") == np.float32(1.5) / np.float32(448)
     keys, values = sample.kv_amax(0) or (None, None)

@@ -75,6 +75,12 @@ def test_everything_that_a_file_may_name(tmp_path: Path) -> None:
         ("fp8", "group_size = 'channel'", Precision("fp8", CHANNEL, activations="fp8/tensor")),
         ("nvfp4", 'kind = "int4"', Precision("int4", 16)),
         ("fp8-channel", 'kind = "int4"', Precision("int4", CHANNEL)),
+        (
+            "int4-awq",
+            'group_size = 128\nactivations = "fp8/tensor"',
+            Precision("int4", 128, activations="fp8/tensor"),
+        ),
+        ("nvfp4", 'activations = "nvfp4/tensor"', Precision("nvfp4", 16, activations="nvfp4/tensor")),
         ("fp32", 'kind = "int4"', Precision("int4", 32)),
         ("fp8-channel", 'kind = "bf16"', Precision("bf16")),
     ],
@@ -114,6 +120,9 @@ def test_a_new_kind_keeps_what_fits_it(tmp_path: Path, base: str, section: str, 
         ('[linear]\nkind = "mxfp4"\nsymmetric = false', "mxfp4 with zero points"),
         ('[linear]\nactivations = "int4/token"', "unknown precision of activations"),
         ('[linear]\nactivations = "fp8/token"', "fp8/token activations for int4 weights"),
+        ('[linear]\nsymmetric = false\nactivations = "fp8/tensor"', "fp8/tensor activations for int4 weights"),
+        ('[linear]\nactivations = "nvfp4/tensor"', "nvfp4/tensor activations for int4 weights"),
+        ('[linear]\nkind = "nvfp4"\nactivations = "fp8/tensor"', "fp8/tensor activations for nvfp4 weights"),
         ('[linear]\nkind = "nf4"\nactivations = "int8/token"', "int8/token activations for nf4 weights"),
         ('[linear]\nkind = "bf16"\nactivations = "int8/token"', "int8/token activations for bf16 weights"),
         ('[linear]\nactivations = "int4"', "unknown precision"),
@@ -156,6 +165,14 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path, text: str, complaint
     with pytest.raises(InputError, match=complaint) as caught:
         load_recipe(write(tmp_path / "bad.toml", text))
     assert caught.value.kind in ("recipe.algorithms", "recipe.options")
+
+
+def test_a_layer_keeps_the_activations_of_its_own_kind(tmp_path: Path) -> None:
+    """[layers] tables start from [linear]: int4 with inputs in fp8 keeps them where only its group changes."""
+    text = 'base = "int4-awq"\n[linear]\nactivations = "fp8/tensor"\n[layers."*.down_proj"]\ngroup_size = 16\n'
+    recipe = read_recipe(write(tmp_path / "mine.toml", text + '[layers."layers.0.*"]\nkind = "int8"\n'))
+    assert recipe.layer_precision(1, "mlp.down_proj") == Precision("int4", 16, activations="fp8/tensor")
+    assert recipe.layer_precision(0, "mlp.up_proj") == Precision("int8", 32)
 
 
 def test_an_algorithm_may_be_for_some_layers_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The simulated roundings of activations: that of ONNX Runtime's MatMulNBits, and that of shared exponents."""
+"""The simulated roundings of activations: those of kernels, of NVFP4's definition, and of what recipes ask."""
 
 import ml_dtypes
 import numpy as np
@@ -116,13 +116,52 @@ def e4m3(x: np.ndarray) -> np.ndarray:
     return x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
-def test_a_scale_from_calibration_must_be_there() -> None:
+def test_nvfp4_equals_the_definition() -> None:
+    """Float64, types of ml_dtypes: a block's scale is E4M3(amax / 6 / global), its values E2M1(x / (scale global)).
+
+    Values and the global scale have few digits, so that float32 and float64 agree on every quotient near a tie.
+    """
+    generator = np.random.default_rng(5)
+    x = generator.integers(-(2**12), 2**12, (60, 96)) * 2.0 ** generator.integers(-12, 1, (60, 6)).repeat(16, axis=1)
+    x[3, 16:32] = 0.0
+    scale = 2.0**-2
+    blocks = x.reshape(-1, 16)
+    own = np.minimum(np.abs(blocks).max(1, keepdims=True) / 6 / scale, 448)
+    own = own.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    codes = np.divide(blocks, own * scale, out=np.zeros_like(blocks), where=own > 0)
+    rounded = np.clip(codes, -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float64) * own * scale
+    found = round_activations(torch.from_numpy(x.astype(np.float32)), 16, "nvfp4", scale).numpy()
+    assert (np.abs(blocks).max(1) > 6 * 448 * scale).any()  # something saturates
+    np.testing.assert_array_equal(found, rounded.reshape(x.shape).astype(np.float32))
+
+
+def test_nvfp4_halves_go_to_even_codes() -> None:
+    x = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, 0.3])
+    even = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0, -0.0, -1.0, -1.0, -2.0, -2.0, -4.0, -4.0, 0.5])
+    assert torch.equal(round_activations(x[None], 16, "nvfp4", 1.0), even[None])
+
+
+def test_nvfp4_blocks_far_below_the_others_become_zero() -> None:
+    """The least E4M3 scale is 2^-9, half of it rounds to zero: a block at that bound is lost, one above it is not."""
+    x = torch.zeros(1, 32)
+    x[0, 0], x[0, 16] = 6 * 2.0**-10, 6 * 2.0**-10 * (1 + 2.0**-10)
+    found = round_activations(x, 16, "nvfp4", 1.0)
+    assert found[0, 0] == 0 and found[0, 16] > 0
+
+
+@pytest.mark.parametrize("how", ["tensor", "fp8-tensor", "nvfp4"])
+def test_a_scale_from_calibration_must_be_there(how: ActivationRounding) -> None:
     with pytest.raises(ValueError, match="calibration"):
-        round_activations(torch.zeros(1, 4), 0, "tensor")
+        round_activations(torch.zeros(1, 16), 0, how)
 
 
 @pytest.mark.parametrize("asked", [*ACTIVATIONS, ""])
 def test_what_a_recipe_asks_is_simulated_as_asked(asked: str) -> None:
-    kind = "fp8" if asked.startswith("fp8") else "int8"
+    kind = asked.partition("/")[0] or "int8"
     expected = {"int8/token": "token", "int8/tensor": "tensor", "fp8/token": "fp8-token", "fp8/tensor": "fp8-tensor"}
-    assert asked_rounding(Precision(kind, CHANNEL, activations=asked)) == expected.get(asked)
+    found = asked_rounding(Precision(kind, 16 if kind == "nvfp4" else CHANNEL, activations=asked))
+    assert found == expected.get(asked)  # graphs have no nodes for nvfp4/tensor
+
+
+def test_int4_weights_may_have_inputs_in_fp8() -> None:
+    assert asked_rounding(Precision("int4", 128, activations="fp8/tensor")) == "fp8-tensor"

@@ -29,6 +29,12 @@ def test_fp16_is_numpys_float16() -> None:
     np.testing.assert_array_equal(round_cached(torch.from_numpy(x), "fp16").numpy(), expected)
 
 
+def test_bf16_is_ml_dtypes_bfloat16() -> None:
+    x = values()
+    expected = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(round_cached(torch.from_numpy(x), "bf16").numpy(), expected)
+
+
 def test_int8_has_a_scale_for_each_position_and_head() -> None:
     x = values()
     scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
@@ -91,7 +97,7 @@ def test_coarser_caches_part_further_from_eager(checkpoint: Checkpoint) -> None:
     assert 8 * half < byte < 3 / 254
 
 
-@pytest.mark.parametrize("kind", ["fp16", "int8"])
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "int8"])
 def test_a_layer_in_chunks_sees_the_rounded_values_of_its_own_chunk_too(checkpoint: Checkpoint, kind: str) -> None:
     """Token by token or all at once: attention reads the cache, also for the positions of this very call."""
     whole, single = outputs(checkpoint, kind)[1], outputs(checkpoint, kind, chunk=1)[1]

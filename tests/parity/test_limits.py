@@ -37,6 +37,7 @@ def gates(limits: EagerLimits) -> tuple[float | None, float, float | None, float
     [
         ("fp32", "fp32", FP32),
         ("fp32", "fp16", (FP16.relative_l2_error, 1e-4, None, 1.001)),
+        ("fp32", "bf16", (3e-2, 2e-3, None, 1.005)),
         ("fp32", "int8", (None, 0.003, None, 1.005)),
         ("bf16", "fp16", (3e-2, 2e-3, None, 1.005)),
         ("bf16", "int8", (None, 0.003, None, 1.005)),
@@ -67,7 +68,7 @@ def test_every_cache_has_a_row() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_rounded_cache_is_never_held_tighter_than_none(name: str) -> None:
-    for cache in ("fp16", "int8"):
+    for cache in ("fp16", "bf16", "int8"):
         for integer in (True, False):
             plain = engine_limits(with_cache(name, "fp32"), rounded_activations=integer)
             rounded = engine_limits(with_cache(name, cache), rounded_activations=integer)
@@ -87,7 +88,9 @@ def test_a_rounded_cache_is_never_held_tighter_than_none(name: str) -> None:
         (Precision("int4", CHANNEL), 0.10, 1.10),
         (Precision("int4", 32, activations="int8/token"), 0.05, 1.05),
         (Precision("int4", 128, activations="int8/token"), 0.10, 1.10),
+        (Precision("int4", 128, activations="fp8/tensor"), 0.10, 1.10),
         (Precision("nvfp4", 16), 0.15, 1.15),
+        (Precision("nvfp4", 16, activations="nvfp4/tensor"), 0.15, 1.15),
         (Precision("mxfp4", 32), 0.15, 1.15),
     ],
 )

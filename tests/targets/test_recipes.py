@@ -13,6 +13,7 @@ from exporter.core.errors import InputError, UnsupportedError
 from exporter.core.recipe import CHANNEL, KV_CACHES, TENSOR, Override, Precision, Recipe, all_precisions
 from exporter.parity.activations import round_activations
 from exporter.parity.cache_values import RoundedCache
+from targets.gpu_activations import refused_on_cpus
 from targets.onnxruntime import matmul
 from targets.onnxruntime.stored_rows import in_blocks, stored_group
 from targets.onnxruntime.support import capabilities, recipe_support
@@ -35,7 +36,8 @@ ROUNDING = 2e-5
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 320}
 # It bears quantization as trained models do.
 STEADY = {"gain": 0.5}
-CELLS = {precision.describe(): precision for precision in all_precisions()}
+EVERY = {precision.describe(): precision for precision in all_precisions()}
+CELLS = {name: precision for name, precision in EVERY.items() if refused_on_cpus(precision) is None}
 FP32 = Precision("fp32")
 BFLOAT16 = Precision("bf16")
 LENGTHS = np.array([9, 4, 1])
@@ -119,6 +121,13 @@ def test_every_precision_runs_as_its_weights_say(tiny_checkpoint, tmp_path, monk
     rounds = precision.activations.startswith("fp8")
     engine = build(build_source(tiny_checkpoint("gqa", **(STEADY if rounds else WIDE)), recipe), tmp_path)
     hold(engine, rounded_as_asked if rounds else kept)
+
+
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - CELLS.keys()))
+def test_activations_of_gpus_are_refused(name):
+    answer = recipe_support(parse_config({**BASE, "model_type": "llama"}), Recipe("r", EVERY[name], FP32, FP32))
+    assert answer == capabilities()[name] and answer.level == "refused"
+    assert EVERY[name].activations in answer.why and 'activations = ""' in answer.remedy
 
 
 SHIPPED = [

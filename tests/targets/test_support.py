@@ -53,6 +53,8 @@ ROWS = {
     "int4, a scale per row, symmetric or not": "int4/channel(/asym)?",
     "int8 or int4, int8 activations": r"int[84]/[^+]+\+int8/\w+",
     "int6, int8 activations": r"int6/[^+]+\+int8/\w+",
+    "symmetric int4, fp8 activations": r"int4/\w+\+fp8/tensor",
+    "nvfp4, nvfp4 activations": r"nvfp4\+nvfp4/tensor",
     "fp8, a scale per row or matrix": r"fp8/\w+",
     "fp8, fp8 activations": r"fp8/\w+\+fp8/\w+",
     f"nf4, {GROUPS}": r"nf4/g\d+",

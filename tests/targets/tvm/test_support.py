@@ -13,6 +13,7 @@ from exporter.core.config import ModelConfig, parse_config
 from exporter.core.errors import UnsupportedError
 from exporter.core.recipe import CHANNEL, KV_CACHES, Override, Precision, Recipe, all_precisions
 from exporter.core.weights import QuantizedRows
+from targets.gpu_activations import refused_on_cpus
 from targets.tvm.activations import activation_rounding
 from targets.tvm.formats import multiplies_integers, stored_group
 from targets.tvm.isa import PROFILES
@@ -22,14 +23,22 @@ from targets.tvm.tuning import Tuning
 from tests.support.tiny import BASE
 from tests.targets.tvm.builds import build_tvm, tvm_source
 
-CELLS = {precision.describe(): precision for precision in all_precisions()}
+EVERY = {precision.describe(): precision for precision in all_precisions()}
+CELLS = {name: precision for name, precision in EVERY.items() if refused_on_cpus(precision) is None}
 FP32 = Precision("fp32")
 ROWS, WIDTH, COUNT = 38, 512, 3
 TUNING = Tuning(tile_rows=2)  # less code to compile
 
 
 def test_every_precision_and_cache_has_a_cell():
-    assert capabilities().keys() == {*CELLS, *(f"kv-cache {kind}" for kind in KV_CACHES)}
+    assert capabilities().keys() == {*EVERY, *(f"kv-cache {kind}" for kind in KV_CACHES)}
+
+
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - CELLS.keys()))
+def test_activations_of_gpus_are_refused(name):
+    answer = recipe_support(config(), Recipe("r", EVERY[name], FP32, FP32))
+    assert answer == capabilities()[name] and answer.level == "refused"
+    assert EVERY[name].activations in answer.why and "activations" in answer.remedy
 
 
 @cache
@@ -128,7 +137,8 @@ def test_a_recipe_is_as_good_as_its_weakest_part():
     overrides = (Override("layers.1.*", Precision("fp8", CHANNEL)),)
     recipe = Recipe("r", Precision("int4", 32), FP32, FP32, overrides=overrides)
     assert recipe_support(config(), recipe).level == "emulated"
-    assert recipe_support(config(), replace(recipe, kv_cache="fp8")).level == "refused"
+    for kind in ("fp8", "bf16"):
+        assert recipe_support(config(), replace(recipe, kv_cache=kind)).level == "refused"
 
 
 def test_an_fp8_cache_is_refused_by_a_build_too(tiny_checkpoint, tmp_path):
