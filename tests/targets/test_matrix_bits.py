@@ -9,6 +9,7 @@ import pytest
 from calibration.presets import parse_precision
 from exporter.core.recipe import CHANNEL, Precision, Recipe, all_precisions
 from targets.base import BuildSource
+from targets.gpu_activations import refused_on_cpus
 from targets.registry import get_target
 from targets.tvm.isa import PROFILES
 from targets.tvm.weight_file import plan_weights
@@ -19,7 +20,8 @@ PAGE = 4096
 TARGETS = ("onnxruntime", "tvm")
 # Every group size divides these widths, and whole blocks of every CPU's kernels hold these rows.
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
-EACH = pytest.mark.parametrize("precision", all_precisions(), ids=Precision.describe)
+BUILT = [precision for precision in all_precisions() if refused_on_cpus(precision) is None]
+EACH = pytest.mark.parametrize("precision", BUILT, ids=Precision.describe)
 
 
 def uniform(precision: Precision) -> Recipe:
