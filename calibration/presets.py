@@ -142,7 +142,7 @@ def load_recipe(
 
     `lm_head` and `embedding` are PRECISION strings, see `parse_precision`; `rotate` puts a rotation before all
     algorithms. `complete`, a target's, chooses head, embedding and cache where neither a parameter nor the file names
-    them. Raises InputError for what contradicts itself.
+    them, and may change the linear layers and groups of a preset. Raises InputError for what contradicts itself.
     """
     path = Path(source)
     found = _from_file(path) if path.suffix == ".toml" else RecipeFile(preset(str(source)), frozenset(), frozenset())
@@ -155,7 +155,9 @@ def load_recipe(
         recipe = _regroup(recipe, group_size)
     recipe = with_parts(recipe, group_size, lm_head, embedding, kv_cache)
     recipe = checked(rotated(recipe) if rotate else recipe, found.named_options)
-    given = {"lm_head": lm_head, "embedding": embedding, "kv_cache": kv_cache}
+    given: dict[str, object] = {"lm_head": lm_head, "embedding": embedding, "kv_cache": kv_cache}
+    if path.suffix != ".toml":
+        given |= {"linear": None, "group_size": group_size}
     unnamed = frozenset(part for part, value in given.items() if value is None) - found.named
     return complete(recipe, unnamed) if complete else recipe
 

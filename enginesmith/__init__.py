@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from exporter.api import bench, build, calibrate, compare, inspect, plan, recipes, targets, verify
     from exporter.calibration_request import CalibrationRequest
+    from exporter.core.engine_options import EngineOptions
     from exporter.core.errors import (
         ArtifactError,
         BudgetError,
@@ -42,6 +43,7 @@ _HOMES = {
     "targets": "exporter.api",
     "verify": "exporter.api",
     "CalibrationRequest": "exporter.calibration_request",
+    "EngineOptions": "exporter.core.engine_options",
     "ArtifactError": "exporter.core.errors",
     "BudgetError": "exporter.core.errors",
     "EngineSmithError": "exporter.core.errors",

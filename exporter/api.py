@@ -1,13 +1,11 @@
 """The Python API: the same power as the command line, as typed functions. Imported lazily by `enginesmith`."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
+from exporter.build_choices import AnyPath, BuildChoices, build_options
 from exporter.calibration_request import CalibrationRequest
-from exporter.core.device import DeviceOptions
 from exporter.core.progress import NoProgress, Progress, stage
 from exporter.core.threads import check_threads
 from exporter.inspection import Inspection
@@ -21,40 +19,17 @@ if TYPE_CHECKING:
     from exporter.parity.report import VerifyReport
     from exporter.pipeline import BuildOutcome
 
-AnyPath = str | PathLike[str]
-
 
 def build(
     checkpoint: AnyPath,
     *,
     target: str,
     out: AnyPath,
-    recipe: str | None = None,
-    force: bool = False,
-    tracer: str = "torch-export",
-    max_seq_len: int | None = None,
-    max_batch: int = 4,
-    group_size: int | None = None,
-    lm_head: str | None = None,
-    embedding: str | None = None,
-    kv_cache: str | None = None,
-    min_coverage: float = 1.0,
-    threads: int = 0,
-    max_ram: int | None = None,
-    parity: bool = True,
-    text: AnyPath | None = None,
-    device: str | None = None,
-    mtriple: str | None = None,
-    mcpu: str | None = None,
-    mattr: Sequence[str] = (),
-    tune_minutes: float = 0.0,
-    tuning: AnyPath | None = None,
-    qparams: AnyPath | None = None,
-    calibration: "AnyPath | CalibrationRequest | None" = None,
     report: AnyPath | None = None,
     progress: Progress | None = None,
+    **choices: Unpack[BuildChoices],
 ) -> "BuildOutcome":
-    """Build a verified engine from a checkpoint directory; see `BuildOptions` for the options.
+    """Build a verified engine from a checkpoint directory; `BuildChoices` lists what may be chosen, all of it optional.
 
     A recipe that needs text takes `calibration`, a file to calibrate on (or a `CalibrationRequest`, which can say
     more), or `qparams`, what `calibrate` wrote.
@@ -62,39 +37,12 @@ def build(
     Raises InputError, UnsupportedError, ParityError (with its report) or BudgetError; then nothing
     is left under `out`.
     """
-    options = BuildOptions(
-        checkpoint=Path(checkpoint),
-        out=Path(out),
-        target=target,
-        recipe=recipe,
-        force=force,
-        tracer=tracer,
-        max_seq_len=max_seq_len,
-        max_batch=max_batch,
-        group_size=group_size,
-        lm_head=lm_head,
-        embedding=embedding,
-        kv_cache=kv_cache,
-        min_coverage=min_coverage,
-        threads=threads,
-        max_ram=max_ram,
-        parity=parity,
-        text=_path(text),
-        device=DeviceOptions(device, mtriple, mcpu, tuple(mattr), tune_minutes, Path(tuning) if tuning else None),
-        calibration=_request(qparams, calibration),
-    )
+    options = build_options(Path(checkpoint), Path(out), target, choices)
     return build_with(options, report=_path(report), progress=progress)
 
 
 def _path(path: AnyPath | None) -> Path | None:
     return None if path is None else Path(path)
-
-
-def _request(qparams: AnyPath | None, calibration: "AnyPath | CalibrationRequest | None") -> CalibrationRequest:
-    """Parameters or text; a request that is ready may be given where text alone says too little."""
-    if isinstance(calibration, CalibrationRequest):
-        return replace(calibration, qparams=_path(qparams) or calibration.qparams)
-    return CalibrationRequest(qparams=_path(qparams), text=_path(calibration))
 
 
 def build_with(
@@ -117,46 +65,10 @@ def build_with(
     return outcome
 
 
-def plan(
-    checkpoint: AnyPath,
-    *,
-    target: str,
-    recipe: str | None = None,
-    max_seq_len: int | None = None,
-    max_batch: int = 4,
-    group_size: int | None = None,
-    lm_head: str | None = None,
-    embedding: str | None = None,
-    kv_cache: str | None = None,
-    min_coverage: float = 1.0,
-    parity: bool = True,
-    device: str | None = None,
-    mtriple: str | None = None,
-    mcpu: str | None = None,
-    mattr: Sequence[str] = (),
-    qparams: AnyPath | None = None,
-    calibration: "AnyPath | CalibrationRequest | None" = None,
-) -> Plan:
-    """Forecast a build from the config alone; the options are those of `build`. With `qparams` it says which matrices
+def plan(checkpoint: AnyPath, *, target: str, **choices: Unpack[BuildChoices]) -> Plan:
+    """Forecast a build from the config alone; the choices are those of `build`. With `qparams` it says which matrices
     take their codes from that file."""
-    return plan_with(
-        BuildOptions(
-            checkpoint=Path(checkpoint),
-            out=Path(),
-            target=target,
-            recipe=recipe,
-            max_seq_len=max_seq_len,
-            max_batch=max_batch,
-            group_size=group_size,
-            lm_head=lm_head,
-            embedding=embedding,
-            kv_cache=kv_cache,
-            min_coverage=min_coverage,
-            parity=parity,
-            device=DeviceOptions(device, mtriple, mcpu, tuple(mattr)),
-            calibration=_request(qparams, calibration),
-        )
-    )
+    return plan_with(build_options(Path(checkpoint), Path(), target, choices))
 
 
 def plan_with(options: BuildOptions) -> Plan:

@@ -1,10 +1,12 @@
 """The lists behind `enginesmith targets` and `enginesmith recipes`."""
 
+from collections.abc import Callable
 from typing import Any
 
 from calibration.presets import PARTS, PRESETS, load_recipe
 from exporter.core.config import ModelConfig, RopeConfig
 from exporter.core.recipe import KV_CACHES, Recipe
+from targets.base import Target
 from targets.registry import TARGETS, get_target
 
 # A plain Llama shape that every kernel takes: what a target says of it is what it says of the recipe.
@@ -38,7 +40,7 @@ def list_targets() -> list[dict[str, Any]]:
     for name in TARGETS:
         target = get_target(name)
         probe = target.probe()
-        recipes = {recipe: load_recipe(recipe, complete=target.complete) for recipe in PRESETS}
+        recipes = {recipe: load_recipe(recipe, complete=_completing(target)) for recipe in PRESETS}
         capabilities = target.capabilities()
         levels = {name: target.supports(TYPICAL, recipe).level for name, recipe in recipes.items()}
         entries.append(
@@ -56,6 +58,10 @@ def list_targets() -> list[dict[str, Any]]:
             }
         )
     return entries
+
+
+def _completing(target: Target) -> Callable[[Recipe, frozenset[str]], Recipe]:
+    return lambda recipe, unnamed: target.complete(recipe, unnamed, TYPICAL)
 
 
 def list_recipes() -> list[dict[str, Any]]:

@@ -6,7 +6,9 @@ from pathlib import Path
 from exporter.calibration_request import NO_CALIBRATION, CalibrationRequest
 from exporter.core.config import ModelConfig
 from exporter.core.device import THIS_MACHINE, DeviceOptions
+from exporter.core.engine_options import PLAIN, EngineOptions
 from exporter.core.errors import InputError
+from exporter.core.task import CLASSIFY_KIND, GENERATE_KIND, TASKS
 from exporter.core.threads import check_threads
 
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -22,7 +24,8 @@ class BuildOptions:
 
     `recipe` is a preset's name or a TOML file, by default `fp32`, or that of the quantization parameters;
     `group_size`, `lm_head`, `embedding` and `kv_cache` override parts of it. `max_ram` is in bytes, `min_coverage` a
-    fraction of the quantizable weights. `device` is the machine the engine is for.
+    fraction of the quantizable weights. `device` is the machine the engine is for, `engine` how it is laid out.
+    `task` is `generate`, or `classify` between `labels`.
     """
 
     checkpoint: Path
@@ -44,6 +47,9 @@ class BuildOptions:
     text: Path | None = None
     device: DeviceOptions = THIS_MACHINE
     calibration: CalibrationRequest = NO_CALIBRATION
+    engine: EngineOptions = PLAIN
+    task: str = GENERATE_KIND
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tracer not in TRACERS:
@@ -53,8 +59,16 @@ class BuildOptions:
             if value is not None and not low <= value <= high:
                 raise InputError(f"usage.{name}", f"--{name.replace('_', '-')} is {value}", f"give {low} to {high}")
         check_threads(self.threads)
+        self._check_task()
         if not 0.0 <= self.min_coverage <= 1.0:
             raise InputError("usage.min_coverage", f"--min-coverage is {self.min_coverage}", "give a value from 0 to 1")
+
+    def _check_task(self) -> None:
+        if self.task not in TASKS:
+            raise InputError("usage.task", f"unknown task {self.task!r}", f"use one of {', '.join(TASKS)}")
+        if bool(self.labels) != (self.task == CLASSIFY_KIND):
+            what = f"--task {self.task} {'with' if self.labels else 'without'} --labels"
+            raise InputError("usage.labels", what, "give --task classify --labels safe,unsafe, or neither")
 
     def sequence_limit(self, config: ModelConfig) -> int:
         """Positions the engine is built for: asked for, or min(config, 4096)."""

@@ -19,12 +19,14 @@ from exporter.core.errors import UnsupportedError
 from exporter.core.machine import triple
 from exporter.core.progress import NoProgress, Progress, stage
 from exporter.core.recipe import Recipe
+from exporter.core.task import GENERATE, Task
 from exporter.core.traced import TracedModel
 from exporter.memory import check_peak
 from exporter.options import BuildOptions
 from exporter.plan import built_config, check_memory_budget, first_blocker, open_parameters
 from exporter.recipe_numbers import RecipeNumbers, calibrated_numbers, plain_numbers
 from exporter.requested_recipe import requested_recipe
+from exporter.requested_task import requested_task
 from exporter.version import VERSION
 from targets.base import BuildResult, BuildSource, Limits, Target, built_by
 from targets.registry import get_target
@@ -44,6 +46,7 @@ class Job:
     limits: Limits
     coverage: Coverage
     parameters: QParams | None = None
+    task: Task = GENERATE
 
 
 @dataclass(frozen=True)
@@ -119,19 +122,20 @@ def prepare(options: BuildOptions) -> Job:
     """Settle target, recipe, limits and coverage; raises before any weight is read."""
     target = get_target(options.target)
     config = ModelConfig.from_directory(options.checkpoint)
-    target.check_device(options.device)
+    target.check_options(options.device, options.engine)
+    task = requested_task(options, config)
     parameters = open_parameters(options, config)
-    recipe = requested_recipe(options, target, parameters)
+    recipe = requested_recipe(options, target, config, parameters)
     recipe = recipe if parameters else prospective(config, recipe)
     options.calibration.check(recipe, target.calibrated_caches)
     covered = coverage(built_config(config, recipe), recipe, target.matrix_bits)
     limits = Limits(options.max_batch, options.sequence_limit(config))
-    if blocker := first_blocker(options, target, config, recipe, covered):
+    if blocker := first_blocker(options, target, config, recipe, covered, task):
         raise blocker
     if not (probe := target.probe()).usable:
         raise UnsupportedError(f"target.{target.name}", f"target {target.name}: {probe.why}", probe.remedy)
     check_memory_budget(options, config, recipe, covered, limits)
-    return Job(options, target, config, recipe, limits, covered, parameters)
+    return Job(options, target, config, recipe, limits, covered, parameters, task)
 
 
 def calibrated_job(job: Job, checkpoint: Checkpoint, progress: Progress) -> Job:
@@ -142,7 +146,7 @@ def calibrated_job(job: Job, checkpoint: Checkpoint, progress: Progress) -> Job:
     check_peak(job.options.max_ram, "calibrate")
     target, recipe = job.target, parameters.recipe
     covered = coverage(built_config(job.config, recipe), recipe, target.matrix_bits)
-    if blocker := first_blocker(job.options, target, job.config, recipe, covered):
+    if blocker := first_blocker(job.options, target, job.config, recipe, covered, job.task):
         raise blocker
     return replace(job, recipe=recipe, coverage=covered, parameters=parameters)
 
@@ -184,6 +188,9 @@ def build_source(job: Job, numbers: RecipeNumbers, quantized: CanonicalModel) ->
         job.limits,
         job.options.device,
         numbers.kv_scales or None,
+        numbers.input_scales,
+        job.options.engine,
+        job.task,
     )
 
 

@@ -10,9 +10,11 @@ from exporter.artifact.tokenizer_files import tokenizer_bytes
 from exporter.core.config import ModelConfig
 from exporter.core.errors import BudgetError, EngineSmithError, UnsupportedError
 from exporter.core.recipe import Recipe, kv_cache_bytes
+from exporter.core.task import Task
 from exporter.matrix_sources import MatrixSource, grouped, matrix_sources
 from exporter.options import BuildOptions
 from exporter.requested_recipe import requested_recipe
+from exporter.requested_task import requested_task
 from targets.base import Limits, Target
 from targets.registry import get_target
 
@@ -90,16 +92,17 @@ def make_plan(options: BuildOptions) -> Plan:
     """Plan a build. Raises InputError or UnsupportedError where there is nothing to plan (no config, no target)."""
     target = get_target(options.target)
     config = ModelConfig.from_directory(options.checkpoint)
-    target.check_device(options.device)
+    target.check_options(options.device, options.engine)
+    task = requested_task(options, config)
     parameters = open_parameters(options, config)
-    recipe = requested_recipe(options, target, parameters)
+    recipe = requested_recipe(options, target, config, parameters)
     recipe = recipe if parameters else prospective(config, recipe)
     options.calibration.check_recipe(recipe, target.calibrated_caches)
     built = built_config(config, recipe)
     covered = coverage(built, recipe, target.matrix_bits)
     limits = Limits(options.max_batch, options.sequence_limit(config))
-    support = target.supports(config, recipe)
-    blocker = first_blocker(options, target, config, recipe, covered)
+    support = target.supports(config, recipe, options.device, options.engine, task)
+    blocker = first_blocker(options, target, config, recipe, covered, task)
     notes = [support.why] if support.level != "native" and support.why else []
     notes += [f"{tensor.name}: {tensor.why}" for tensor in covered.tensors if tensor.why]
     notes += data_notes(options, recipe, target)
@@ -140,10 +143,10 @@ def built_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
 
 
 def first_blocker(
-    options: BuildOptions, target: Target, config: ModelConfig, recipe: Recipe, covered: Coverage
+    options: BuildOptions, target: Target, config: ModelConfig, recipe: Recipe, covered: Coverage, task: Task
 ) -> EngineSmithError | None:
     """The error a build ends with before reading a weight: an unsupported recipe or missed coverage."""
-    support = target.supports(config, recipe)
+    support = target.supports(config, recipe, options.device, options.engine, task)
     if not support.usable:
         return UnsupportedError(f"target.{target.name}", support.why, support.remedy)
     try:

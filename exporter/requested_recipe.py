@@ -2,6 +2,7 @@
 
 from calibration.presets import PRESETS, load_recipe, with_parts
 from calibration.qparams import QParams
+from exporter.core.config import ModelConfig
 from exporter.core.errors import InputError
 from exporter.core.recipe import Recipe
 from exporter.options import BuildOptions
@@ -11,10 +12,12 @@ DEFAULT = "fp32"
 PARTS = ("lm_head", "embedding", "kv_cache")
 
 
-def requested_recipe(options: BuildOptions, target: Target, parameters: QParams | None = None) -> Recipe:
+def requested_recipe(
+    options: BuildOptions, target: Target, config: ModelConfig, parameters: QParams | None = None
+) -> Recipe:
     """The recipe with the options' overrides applied, and the target's choice of what nobody named."""
     if parameters is not None:
-        return _of_parameters(options, target, parameters.recipe)
+        return _of_parameters(options, target, config, parameters.recipe)
     return load_recipe(
         options.recipe or DEFAULT,
         group_size=options.group_size,
@@ -22,18 +25,18 @@ def requested_recipe(options: BuildOptions, target: Target, parameters: QParams 
         embedding=options.embedding,
         kv_cache=options.kv_cache,
         rotate=options.calibration.rotate,
-        complete=target.complete,
+        complete=lambda recipe, unnamed: target.complete(recipe, unnamed, config, options.engine),
     )
 
 
-def _of_parameters(options: BuildOptions, target: Target, recipe: Recipe) -> Recipe:
+def _of_parameters(options: BuildOptions, target: Target, config: ModelConfig, recipe: Recipe) -> Recipe:
     if options.recipe is not None and (asked := load_recipe(options.recipe).name) != recipe.name:
         what = f"--recipe {asked} with the quantization parameters of recipe {recipe.name}"
         raise InputError("qparams.recipe", what, "leave --recipe out, or calibrate with that recipe")
     if options.group_size is not None:
         recipe = recipe.with_group_size(options.group_size)
     recipe = with_parts(recipe, options.group_size, options.lm_head, options.embedding, options.kv_cache)
-    return target.complete(recipe, _unnamed(options, recipe))
+    return target.complete(recipe, _unnamed(options, recipe), config, options.engine)
 
 
 def _unnamed(options: BuildOptions, recipe: Recipe) -> frozenset[str]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
@@ -13,19 +13,22 @@ from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
 from exporter.core.device import THIS_MACHINE
 from exporter.core.device import DeviceOptions as DeviceOptions
+from exporter.core.engine_options import PLAIN
+from exporter.core.engine_options import EngineOptions as EngineOptions
 from exporter.core.errors import UnsupportedError
 from exporter.core.progress import Progress
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
+from exporter.core.task import GENERATE, Task
 from exporter.core.weights import QuantizedRows
 
 RowReader = Callable[[CheckpointWeight, int, int], "np.ndarray | QuantizedRows"]
 
-ActivationRounding = Literal["group", "shared-exponent", "token", "tensor", "fp8-token", "fp8-tensor"]
+ActivationRounding = Literal["group", "shared-exponent", "token", "tensor", "fp8-token", "fp8-tensor", "nvfp4"]
 """How an engine rounds what a matrix multiplies; exporter.parity.activations computes each. To int8: a scale
 max|x| / 127 for each of its groups; one for each row, times a power of two for each group (`shared-exponent`); one for
 each row (`token`); one from calibration (`tensor`). To E4M3: a scale max|x| / 448 for each row, or one from
-calibration."""
+calibration. To E2M1 (`nvfp4`): an E4M3 scale for each group of 16, times one from calibration."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,9 @@ class BuildSource:
     """Everything a target builds from. `rows(weight, start, stop)` yields rows at the weight's precision:
     float32, bfloat16 or float16 arrays, or QuantizedRows; call it in ascending chunks and keep none.
 
-    `kv_scales` are the scales of keys and values of each layer, from calibration: an fp8 cache has them, an int8 one
-    where they were measured. `checkpoint` is the transformed one where the recipe has transforms."""
+    `input_scales` are those of activations rounded with a scale from calibration, by module
+    (`model.layers.0.self_attn.q_proj`); `kv_scales` those of keys and values of each layer: an fp8 cache has them, an
+    int8 one where they were measured. `checkpoint` is the transformed one where the recipe has transforms."""
 
     config: ModelConfig
     recipe: Recipe
@@ -52,6 +56,9 @@ class BuildSource:
     limits: Limits
     device: DeviceOptions = THIS_MACHINE
     kv_scales: Mapping[int, tuple[float, float]] | None = None
+    input_scales: Mapping[str, float] = field(default_factory=dict)
+    engine: EngineOptions = PLAIN
+    task: Task = GENERATE
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,9 @@ class BuildResult:
 
     `signature` maps tensor names to {"dtype": ..., "shape": [...]}; `weights_bytes` counts weight data alone;
     `requirements` is what the engine needs of a host ({"cpu_features": [...]}), `triple` the machine and system it is
-    for (`aarch64-linux`) where that is not this machine's.
+    for (`aarch64-linux`) where that is not this machine's. `report` holds facts of the engine for its manifest
+    (JSON-ready); `built_by` names the toolchain where its versions do not say enough; `not_run` says why this machine
+    cannot run the engine, where the requirements do not.
     """
 
     files: list[str]
@@ -69,6 +78,9 @@ class BuildResult:
     weights_bytes: int
     requirements: dict[str, object] = field(default_factory=dict)
     triple: str | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+    built_by: str | None = None
+    not_run: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,27 @@ class Runner(Protocol):
         ...
 
 
+class StoredModel(Protocol):
+    """An artifact that is a checkpoint, decoded by a reader that shares nothing with what wrote it."""
+
+    config: ModelConfig
+    """Of the model that the files hold."""
+
+    input_scales: Mapping[str, float]
+    """Scales of rounded inputs by module, `model.layers.0.self_attn.q_proj`."""
+
+    kv_scales: Mapping[int, tuple[float, float]]
+    """Scales of keys and values by layer."""
+
+    def validate(self) -> None:
+        """Raise ArtifactError (`stored.*`) for names, shapes, dtypes, scales or shards that the format forbids."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of a tensor by its Hugging Face name, float32 [n, K] or [n]."""
+        ...
+
+
 class Target(Protocol):
     """One way to build and run engines. Vendor libraries are imported inside methods, never on import."""
 
@@ -141,13 +174,26 @@ class Target(Protocol):
         """Installed versions of the packages this target uses, by name; empty strings for missing ones."""
         ...
 
-    def supports(self, config: ModelConfig, recipe: Recipe) -> Support:
+    def supports(
+        self,
+        config: ModelConfig,
+        recipe: Recipe,
+        device: DeviceOptions = THIS_MACHINE,
+        engine: EngineOptions = PLAIN,
+        task: Task = GENERATE,
+    ) -> Support:
         """native, emulated or refused, before any weight is read."""
         ...
 
-    def complete(self, recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
-        """The recipe with this target's choice for `lm_head`, `embedding` and `kv_cache` where they are in `unnamed`:
-        neither a recipe file nor the user named them."""
+    def complete(
+        self,
+        recipe: Recipe,
+        unnamed: frozenset[str],
+        config: ModelConfig | None = None,
+        engine: EngineOptions = PLAIN,
+    ) -> Recipe:
+        """The recipe with this target's choice of the parts in `unnamed` (of UNNAMED): neither a recipe file nor the
+        user named them. `config` is the checkpoint's."""
         ...
 
     def matrix_bits(self, precision: Precision, rows: int, width: int) -> int:
@@ -163,8 +209,8 @@ class Target(Protocol):
         """What `DeviceOptions.device` may name, each with one sentence; empty: this machine only."""
         ...
 
-    def check_device(self, options: DeviceOptions) -> None:
-        """Raise InputError for an unknown device, UnsupportedError for one that engines cannot be built for."""
+    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN) -> None:
+        """Raise InputError for an unknown device or option, UnsupportedError for what engines cannot be built for."""
         ...
 
     def capabilities(self) -> dict[str, Support]:
@@ -178,6 +224,28 @@ class Target(Protocol):
     def runner(self, engine_dir: Path, config: ModelConfig, limits: Limits, options: RunOptions) -> Runner:
         """Load an engine built before. Raises UnsupportedError when the runtime is missing."""
         ...
+
+    def stand_in(self, engine_dir: Path, config: ModelConfig, limits: Limits, options: RunOptions) -> Runner | None:
+        """The engine's own graph, executed on this CPU where the engine itself cannot run; None: there is none."""
+        ...
+
+    def stored_model(self, engine_dir: Path, config: ModelConfig, recipe: Recipe) -> StoredModel | None:
+        """What the files of an artifact hold that is a checkpoint, not an engine; None for engines."""
+        ...
+
+
+UNNAMED = ("lm_head", "embedding", "kv_cache", "linear", "group_size")
+"""The parts of a recipe that a target may choose where nobody named them."""
+
+
+class EngineTarget:
+    """What targets have in common whose artifacts are engines that run on this CPU or not at all."""
+
+    def stand_in(self, engine_dir: Path, config: ModelConfig, limits: Limits, options: RunOptions) -> Runner | None:
+        return None
+
+    def stored_model(self, engine_dir: Path, config: ModelConfig, recipe: Recipe) -> StoredModel | None:
+        return None
 
 
 def built_by(target: Target) -> str:
@@ -194,3 +262,10 @@ def refuse_devices(target: str, options: DeviceOptions) -> None:
             f"target {target} builds for this machine alone and takes no {', '.join(given)}",
             f"leave {', '.join(given)} out, or use --target tvm",
         )
+
+
+def refuse_engine_options(target: str, options: EngineOptions, taken: frozenset[str] = frozenset()) -> None:
+    """Raise UnsupportedError where an option is given that the target does not take (`taken`: those it does)."""
+    if given := [flag for flag in options.given if flag not in taken]:
+        what = f"target {target} takes no {', '.join(given)}"
+        raise UnsupportedError("target.option", what, f"leave {', '.join(given)} out")

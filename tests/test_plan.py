@@ -33,7 +33,7 @@ def built(tmp_path_factory: pytest.TempPathFactory):
         if options.target == "tvm":
             pytest.importorskip("tvm", reason="apache-tvm is not installed: no engine can be compiled")
         target, config = get_target(options.target), ModelConfig.from_directory(options.checkpoint)
-        recipe = replace(requested_recipe(options, target), name="", algorithms=())
+        recipe = replace(requested_recipe(options, target, config), name="", algorithms=())
         key = (options.checkpoint, options.target, recipe)
         if key not in sizes:
             out = tmp_path_factory.mktemp("engine")

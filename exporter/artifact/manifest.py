@@ -7,7 +7,7 @@ and no host names: two builds of one input write the same bytes.
 import hashlib
 import os
 import stat
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from exporter.artifact.paths import path_fault
 from exporter.core.config import ModelConfig
 from exporter.core.errors import ArtifactError, EngineSmithError
 from exporter.core.recipe import Recipe
+from exporter.core.task import GENERATE, Task
 from targets.base import Limits
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
 MAX_MANIFEST_BYTES = 16 << 20
@@ -72,8 +73,9 @@ class PrecisionTable:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One artifact. `requirements` and `signature` are as in `targets.base.BuildResult`; `parity` is the
-    result of `verify` (None if it was skipped), `proof` what stands behind it; `calibration` None: there was none."""
+    """One artifact. `requirements`, `signature` and `engine` (its `report`) are as in `targets.base.BuildResult`;
+    `parity` is the result of `verify` (None if it was skipped), `proof` what stands behind it; `calibration` None:
+    there was none."""
 
     enginesmith: str
     source: Source
@@ -90,6 +92,8 @@ class Manifest:
     proof: dict[str, Any]
     files: tuple[FileEntry, ...] = ()
     calibration: CalibrationRecord | None = None
+    task: Task = GENERATE
+    engine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -122,6 +126,8 @@ class Manifest:
             "recipe": {**recipe_to_json(self.recipe), "description": describe(self.recipe)},
             "calibration": self.calibration.to_json() if self.calibration else None,
             "coverage": {**asdict(self.coverage), "tensors": [asdict(tensor) for tensor in self.coverage.tensors]},
+            "task": {**asdict(self.task), "labels": list(self.task.labels), "token_ids": list(self.task.token_ids)},
+            "engine": self.engine,
             "target": self.target,
             "triple": self.triple,
             "requirements": self.requirements,
@@ -200,6 +206,8 @@ def _manifest(fields: Fields) -> Manifest:
         source=_source(fields),
         recipe=_recipe(fields.mapping("recipe")),
         calibration=_calibration(fields),
+        task=_task(fields.object("task")),
+        engine=fields.mapping("engine"),
         coverage=PrecisionTable.from_json(fields.mapping("coverage")),
         target=fields.text("target"),
         triple=fields.text("triple"),
@@ -229,6 +237,18 @@ def _recipe(value: dict[str, Any]) -> Recipe:
     """`description` is for people: whether it fits is seen when the manifest is written again."""
     try:
         return recipe_from_json({name: field for name, field in value.items() if name != "description"})
+    except EngineSmithError as error:
+        raise damaged(error.message) from error
+
+
+def _task(fields: Fields) -> Task:
+    kind, labels = fields.text("kind"), tuple(fields.texts("labels"))
+    token_ids = tuple(fields.items("token_ids"))
+    fields.done()
+    if any(isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < MAX_TOKEN for token in token_ids):
+        raise damaged("the tokens of its labels are no token ids")
+    try:
+        return Task(kind, labels, token_ids)
     except EngineSmithError as error:
         raise damaged(error.message) from error
 

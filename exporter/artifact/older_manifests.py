@@ -20,10 +20,17 @@ ADDED_IN_2: dict[str, Any] = {
 }
 
 
+ADDED_IN_3: dict[str, Any] = {"task": {"kind": "generate", "labels": [], "token_ids": []}, "engine": {}}
+
+
 def upgrade(value: dict[str, Any], version: int) -> dict[str, Any]:
-    """Version 1 knew neither calibration nor what a recipe says of it."""
-    if version >= 2:
-        return value
+    """Version 1 knew neither calibration nor what a recipe says of it, version 2 no task and no facts of an engine."""
+    if version < 2:
+        value = _calibrated(value)
+    return value if version >= 3 else {**value, **ADDED_IN_3, "schema_version": 3}
+
+
+def _calibrated(value: dict[str, Any]) -> dict[str, Any]:
     recipe = Fields(value, "manifest.json").mapping("recipe")
     parts = {part: {**Fields(recipe, "recipe").mapping(part), "activations": ""} for part in PARTS}
-    return {**value, "schema_version": 2, "recipe": {**recipe, **parts, **ADDED_IN_2}, "calibration": None}
+    return {**value, "recipe": {**recipe, **parts, **ADDED_IN_2}, "calibration": None}

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from exporter.cli.output import UsageError
-from exporter.core.errors import UnsupportedError
 
 app = typer.Typer(
     name="enginesmith",
@@ -19,28 +18,11 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-# Options of the contract that have no meaning yet: refused by name, never ignored.
-LATER_OPTIONS = {
-    "--tp": "tensor parallelism",
-    "--pp": "pipeline parallelism",
-    "--format": "checkpoint exports",
-    "--engine": "checkpoint exports",
-    "--labels": "classifiers",
-}
-LATER_NOTE = "Not available yet (exit 3): " + ", ".join(sorted(LATER_OPTIONS)) + "."
 EXTRA_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def refuse_extra(arguments: list[str], known: list[str]) -> None:
-    """Arguments no parameter took: options that come later exit with 3, all else is bad usage."""
-    for argument in arguments:
-        name = argument.split("=")[0]
-        if name in LATER_OPTIONS:
-            raise UnsupportedError(
-                "option.unavailable",
-                f"{name} is not available yet: it needs {LATER_OPTIONS[name]}",
-                f"leave {name} out",
-            )
+    """Raise UsageError for arguments that no parameter took, with the nearest of those that are known."""
     if arguments:
         near = get_close_matches(arguments[0], known, 1)
         hint = f"did you mean {near[0]}?" if near else "see --help"

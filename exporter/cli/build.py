@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from exporter.calibration_request import CalibrationRequest
-from exporter.cli.app import EXTRA_ARGUMENTS, LATER_NOTE, Debug, Json, app, refuse_extra
+from exporter.cli.app import EXTRA_ARGUMENTS, Debug, Json, app, refuse_extra
 from exporter.cli.output import Output
 from exporter.cli.recipe_options import (
     Calibration,
@@ -24,7 +24,7 @@ from exporter.cli.recipe_options import (
     Tokens,
 )
 from exporter.core.device import DeviceOptions, parse_features
-from exporter.core.errors import UnsupportedError
+from exporter.core.engine_options import EngineOptions
 from exporter.options import BuildOptions, parse_size
 
 TargetName = Annotated[str, typer.Option("--target", help="Target, see `enginesmith targets`.")]
@@ -53,10 +53,23 @@ QParams = Annotated[Path | None, typer.Option("--qparams", help="Quantization pa
 WorkDir = Annotated[
     Path | None, typer.Option("--work-dir", help="Keep calibrated layers here; an interrupted build goes on from them.")
 ]
-Task = Annotated[str, typer.Option("--task", help="generate")]
+TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor parallel shards.")]
+PipelineParallel = Annotated[int, typer.Option("--pp", help="Pipeline parallel stages.")]
+Format = Annotated[
+    str | None, typer.Option("--format", help="Form of a tensorrt-llm checkpoint: hf, trtllm, compressed-tensors.")
+]
+CompileEngine = Annotated[bool, typer.Option("--engine", help="Run the vendor's compiler on the checkpoint too.")]
+OptBatch = Annotated[int | None, typer.Option("--opt-batch", help="tensorrt: rows that kernels are chosen for.")]
+OptPrompt = Annotated[int | None, typer.Option("--opt-prompt", help="tensorrt: prompt that kernels are chosen for.")]
+MaxPrompt = Annotated[int | None, typer.Option("--max-prompt", help="tensorrt: tokens of a step at most.")]
+TimingCache = Annotated[Path | None, typer.Option("--timing-cache", help="tensorrt: kernel timings to use and extend.")]
+VersionCompatible = Annotated[bool, typer.Option("--version-compatible", help="tensorrt: also for later runtimes.")]
+HardwareCompatible = Annotated[bool, typer.Option("--hardware-compatible", help="tensorrt: also for later GPUs.")]
+Task = Annotated[str, typer.Option("--task", help="generate, or classify: logits of the labels alone.")]
+Labels = Annotated[str | None, typer.Option("--labels", help="Labels of --task classify: safe,unsafe.")]
 
 
-@app.command(context_settings=EXTRA_ARGUMENTS, epilog=LATER_NOTE)
+@app.command(context_settings=EXTRA_ARGUMENTS)
 def build(
     context: typer.Context,
     checkpoint: Checkpoint,
@@ -89,7 +102,18 @@ def build(
     work_dir: WorkDir = None,
     threads: Threads = 0,
     max_ram: MaxRam = None,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    format: Format = None,
+    engine: CompileEngine = False,
+    opt_batch: OptBatch = None,
+    opt_prompt: OptPrompt = None,
+    max_prompt: MaxPrompt = None,
+    timing_cache: TimingCache = None,
+    version_compatible: VersionCompatible = False,
+    hardware_compatible: HardwareCompatible = False,
     task: Task = "generate",
+    labels: Labels = None,
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Skip the parity checks; the proof says so.")] = False,
     report: Annotated[Path | None, typer.Option("--report", help="Write an HTML report here.")] = None,
     progress: Annotated[str, typer.Option("--progress", help="auto, plain, jsonl or none.")] = "auto",
@@ -98,7 +122,6 @@ def build(
 ) -> None:
     """Trace, fuse, quantize, compile, verify and package a checkpoint."""
     refuse_extra(context.args, _option_names(context))
-    _require_generate(task)
     _build(_options(context.params), report, progress, context.obj)
 
 
@@ -115,7 +138,7 @@ def _build(options: BuildOptions, report: Path | None, style: str, output: Outpu
     output.result(outcome.to_json(), outcome.describe())
 
 
-@app.command(context_settings=EXTRA_ARGUMENTS, epilog=LATER_NOTE)
+@app.command(context_settings=EXTRA_ARGUMENTS)
 def plan(
     context: typer.Context,
     checkpoint: Checkpoint,
@@ -142,14 +165,24 @@ def plan(
     max_kl: MaxKl = None,
     rotate: Rotate = False,
     max_ram: MaxRam = None,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    format: Format = None,
+    engine: CompileEngine = False,
+    opt_batch: OptBatch = None,
+    opt_prompt: OptPrompt = None,
+    max_prompt: MaxPrompt = None,
+    timing_cache: TimingCache = None,
+    version_compatible: VersionCompatible = False,
+    hardware_compatible: HardwareCompatible = False,
     task: Task = "generate",
+    labels: Labels = None,
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Plan a build without parity checks.")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Say what a build would do and cost, from the config alone: no weight is read."""
     refuse_extra(context.args, _option_names(context))
-    _require_generate(task)
     from exporter import api
 
     planned = api.plan_with(_options(context.params))
@@ -173,6 +206,9 @@ def _options(given: dict[str, Any]) -> BuildOptions:
         parity=not given["no_parity"],
         device=_device(given),
         calibration=_calibration(given),
+        engine=_engine(given),
+        task=given["task"],
+        labels=tuple(given["labels"].split(",")) if given["labels"] is not None else (),
         **{name: given[name] for name in plain},
     )
 
@@ -180,6 +216,21 @@ def _options(given: dict[str, Any]) -> BuildOptions:
 def _device(given: dict[str, Any]) -> DeviceOptions:
     features, tuning = parse_features(given["mattr"]), _path(given.get("tuning"))
     return DeviceOptions(given["device"], given["mtriple"], given["mcpu"], features, given.get("tune", 0.0), tuning)
+
+
+def _engine(given: dict[str, Any]) -> EngineOptions:
+    return EngineOptions(
+        tensor_parallel=given["tp"],
+        pipeline_parallel=given["pp"],
+        format=given["format"],
+        compile_engine=given["engine"],
+        opt_batch=given["opt_batch"],
+        opt_prompt=given["opt_prompt"],
+        max_prompt=given["max_prompt"],
+        timing_cache=_path(given["timing_cache"]),
+        version_compatible=given["version_compatible"],
+        hardware_compatible=given["hardware_compatible"],
+    )
 
 
 def _calibration(given: dict[str, Any]) -> CalibrationRequest:
@@ -202,11 +253,6 @@ def _path(given: str | Path | None) -> Path | None:
 
 def _size(given: str | None) -> int | None:
     return parse_size(given) if given else None
-
-
-def _require_generate(task: str) -> None:
-    if task != "generate":
-        raise UnsupportedError("option.task", f"task {task!r} is not available yet", "leave --task out")
 
 
 def _option_names(context: typer.Context) -> list[str]:

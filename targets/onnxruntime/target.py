@@ -5,18 +5,24 @@ from importlib import metadata
 from pathlib import Path
 
 from exporter.core.config import ModelConfig
+from exporter.core.device import THIS_MACHINE
+from exporter.core.engine_options import PLAIN
 from exporter.core.progress import Progress
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
+from exporter.core.task import GENERATE, Task
 from targets.base import (
     ActivationRounding,
     BuildResult,
     BuildSource,
     DeviceOptions,
+    EngineOptions,
+    EngineTarget,
     Limits,
     Runner,
     RunOptions,
     refuse_devices,
+    refuse_engine_options,
 )
 from targets.onnxruntime.file_names import MODEL
 from targets.onnxruntime.stored_rows import in_blocks, matrix_bits
@@ -27,7 +33,7 @@ MACHINES = ("x86_64", "AMD64", "aarch64", "arm64")
 PACKAGES = ("onnxruntime", "onnx", "onnx-ir")
 
 
-class OnnxRuntimeTarget:
+class OnnxRuntimeTarget(EngineTarget):
     """Lowers the canonical model to GroupQueryAttention and MatMulNBits; targets.base.Target says what each does."""
 
     name = "onnxruntime"
@@ -48,10 +54,23 @@ class OnnxRuntimeTarget:
     def versions(self) -> dict[str, str]:
         return {name: _version(name) for name in PACKAGES}
 
-    def supports(self, config: ModelConfig, recipe: Recipe) -> Support:
+    def supports(
+        self,
+        config: ModelConfig,
+        recipe: Recipe,
+        device: DeviceOptions = THIS_MACHINE,
+        engine: EngineOptions = PLAIN,
+        task: Task = GENERATE,
+    ) -> Support:
         return recipe_support(config, recipe)
 
-    def complete(self, recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
+    def complete(
+        self,
+        recipe: Recipe,
+        unnamed: frozenset[str],
+        config: ModelConfig | None = None,
+        engine: EngineOptions = PLAIN,
+    ) -> Recipe:
         return recipe
 
     def matrix_bits(self, precision: Precision, rows: int, width: int) -> int:
@@ -65,8 +84,9 @@ class OnnxRuntimeTarget:
     def devices(self) -> dict[str, str]:
         return {}
 
-    def check_device(self, options: DeviceOptions) -> None:
-        refuse_devices(self.name, options)
+    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN) -> None:
+        refuse_engine_options(self.name, engine)
+        refuse_devices(self.name, device)
 
     def capabilities(self) -> dict[str, Support]:
         return capabilities()

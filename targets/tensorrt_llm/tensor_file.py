@@ -125,7 +125,7 @@ class TensorFile:
 
     def _put(self, spec: TensorSpec, start: int, data: np.ndarray) -> None:
         with output_errors(self.path):
-            _write_all(self._file, memoryview(data), self._offsets[spec.name] + start)
+            _write_all(self._file, data.data, self._offsets[spec.name] + start)
         with self._lock:
             self._written[spec.name] += data.nbytes
 

@@ -4,11 +4,25 @@ from importlib import metadata
 from pathlib import Path
 
 from exporter.core.config import ModelConfig
+from exporter.core.device import THIS_MACHINE
+from exporter.core.engine_options import PLAIN
 from exporter.core.errors import UnsupportedError
 from exporter.core.progress import Progress
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
-from targets.base import ActivationRounding, BuildResult, BuildSource, DeviceOptions, Limits, Runner, RunOptions
+from exporter.core.task import GENERATE, Task
+from targets.base import (
+    ActivationRounding,
+    BuildResult,
+    BuildSource,
+    DeviceOptions,
+    EngineOptions,
+    EngineTarget,
+    Limits,
+    Runner,
+    RunOptions,
+    refuse_engine_options,
+)
 from targets.tvm import activations, formats, support
 from targets.tvm.defaults import completed
 from targets.tvm.devices import device_names, resolve_device
@@ -20,7 +34,7 @@ RUNNING = {"tvm", "tvm-ffi"}
 REMEDY = "pip install 'enginesmith[build,tvm]'"
 
 
-class TvmTarget:
+class TvmTarget(EngineTarget):
     """Lowers the canonical model to kernels of its own; targets.base.Target says what each method does."""
 
     name = "tvm"
@@ -44,10 +58,23 @@ class TvmTarget:
     def versions(self) -> dict[str, str]:
         return {name: _version(package) for name, package in PACKAGES.items()}
 
-    def supports(self, config: ModelConfig, recipe: Recipe) -> Support:
+    def supports(
+        self,
+        config: ModelConfig,
+        recipe: Recipe,
+        device: DeviceOptions = THIS_MACHINE,
+        engine: EngineOptions = PLAIN,
+        task: Task = GENERATE,
+    ) -> Support:
         return support.recipe_support(config, recipe)
 
-    def complete(self, recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
+    def complete(
+        self,
+        recipe: Recipe,
+        unnamed: frozenset[str],
+        config: ModelConfig | None = None,
+        engine: EngineOptions = PLAIN,
+    ) -> Recipe:
         return completed(recipe, unnamed)
 
     def matrix_bits(self, precision: Precision, rows: int, width: int) -> int:
@@ -59,8 +86,9 @@ class TvmTarget:
     def devices(self) -> dict[str, str]:
         return device_names()
 
-    def check_device(self, options: DeviceOptions) -> None:
-        known_results(options, resolve_device(options))
+    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN) -> None:
+        refuse_engine_options(self.name, engine)
+        known_results(device, resolve_device(device))
 
     def capabilities(self) -> dict[str, Support]:
         return support.capabilities()

@@ -24,6 +24,7 @@ from exporter.core.config import ModelConfig
 from exporter.core.data_summary import DataSummary
 from exporter.core.errors import ArtifactError
 from exporter.core.recipe import AlgorithmOptions, Override, Precision, Recipe
+from exporter.core.task import GENERATE, Task
 from tests.artifact.sample import config, manifest, write_files
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "manifest.schema.json"
@@ -118,13 +119,43 @@ def test_calibration_round_trips_and_is_in_the_schema(record: CalibrationRecord 
 def test_engines_of_schema_1_are_read_still() -> None:
     """As version 1 wrote it: recipes without algorithms, precisions without activations, no calibration."""
     value = manifest().to_json()
-    del value["calibration"]
+    for name in ("calibration", "task", "engine"):
+        del value[name]
     for name in ("algorithms", "options", "overrides"):
         del value["recipe"][name]
     for part in ("linear", "lm_head", "embedding"):
         del value["recipe"][part]["activations"]
     read = decode_manifest(sealed({**value, "schema_version": 1}))
     assert read.recipe == manifest().recipe and read.calibration is None
+
+
+def test_engines_of_schema_2_are_read_still() -> None:
+    value = manifest().to_json()
+    del value["task"], value["engine"]
+    read = decode_manifest(sealed({**value, "schema_version": 2}))
+    assert read.task == GENERATE and read.engine == {}
+
+
+def test_tasks_come_back() -> None:
+    classifier = manifest(task=Task("classify", ("safe", "unsafe"), (6, 9)), engine={"profiles": [1, 2]})
+    data = encode_manifest(classifier)
+    read = decode_manifest(data)
+    assert (read.task, read.engine) == (classifier.task, classifier.engine) and encode_manifest(read) == data
+    jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(json.loads(data))
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"kind": "sing", "labels": [], "token_ids": []},
+        {"kind": "generate", "labels": ["a"], "token_ids": [1]},
+        {"kind": "classify", "labels": ["a", "b"], "token_ids": [1]},
+        {"kind": "classify", "labels": ["a", "b"], "token_ids": [1, -1]},
+        {"kind": "classify", "labels": ["a", "b"], "token_ids": [1, True]},
+    ],
+)
+def test_damaged_tasks_are_refused(task: dict[str, Any]) -> None:
+    assert kind_of(sealed({**manifest().to_json(), "task": task})) == "artifact.manifest"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +190,7 @@ def test_the_published_schema_holds_for_real_manifests(tmp_path: Path) -> None:
 
 def test_a_newer_schema_is_named() -> None:
     value = manifest().to_json()
-    assert kind_of(sealed({**value, "schema_version": 3, "news": 1})) == "artifact.newer"
+    assert kind_of(sealed({**value, "schema_version": 4, "news": 1})) == "artifact.newer"
     assert kind_of(b'{"schema_version": 99}') == "artifact.newer"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from calibration.presets import PRESETS, load_recipe, parse_precision, preset, read_recipe
 from exporter.core.errors import InputError
-from exporter.core.recipe import TENSOR, Precision, Recipe, all_precisions
+from exporter.core.recipe import KV_CACHES, TENSOR, Precision, Recipe, all_precisions
 
 INT4, INT8 = Precision("int4", 32), Precision("int8", 32)
 
@@ -124,7 +124,7 @@ def test_calibrated_presets_round_and_store_like_their_plain_ones() -> None:
 
 def test_kv_cache() -> None:
     assert load_recipe("int4-rtn").kv_cache == "fp32"
-    for kind in ("fp32", "fp16", "int8", "fp8"):
+    for kind in KV_CACHES:
         assert load_recipe("int4-rtn", kv_cache=kind).kv_cache == kind
     for unknown in ("int3", ""):
         with pytest.raises(InputError, match="unknown KV cache"):
@@ -148,7 +148,8 @@ def test_the_target_is_told_what_nobody_named(tmp_path: Path) -> None:
     assert load(cache, kv_cache="fp32").kv_cache == "fp32"
     load("int4-rtn", lm_head="int4", embedding="int8/g32")
     everything = frozenset({"lm_head", "embedding", "kv_cache"})
-    assert told == [everything, everything, {"lm_head"}, {"lm_head"}, {"kv_cache"}]
+    layers = {"linear", "group_size"}
+    assert told == [everything | layers, everything, {"lm_head"}, {"lm_head"}, {"kv_cache"} | layers]
     assert not load_recipe("fp32", kv_cache="fp16").lossless
 
 

@@ -37,8 +37,10 @@ def test_help_lists_every_command_of_the_contract(capfd: pytest.CaptureFixture[s
         (["nonsense"], 2, "usage"),
         (["build", "x"], 2, "usage"),
         (["plan", "x", "--target", "onnxruntime", "--recpe", "fp32"], 2, "usage.option"),
-        (["plan", "x", "--target", "onnxruntime", "--tp", "2"], 3, "option.unavailable"),
-        (["plan", "x", "--target", "onnxruntime", "--labels=f"], 3, "option.unavailable"),
+        (["plan", EXAMPLE, "--target", "onnxruntime", "--tp", "2"], 3, "target.option"),
+        (["plan", EXAMPLE, "--target", "tvm", "--format", "hf"], 3, "target.option"),
+        (["plan", "x", "--target", "tensorrt-llm", "--tp", "0"], 2, "usage.engine"),
+        (["plan", "x", "--target", "onnxruntime", "--labels=f"], 2, "usage.labels"),
         (["plan", "x", "--target", "tvm", "--calibration-tokens", "9"], 2, "usage.calibration"),
         (["plan", "x", "--target", "tvm", "--calibration", "f", "--calibration-tokens", "0"], 2, "usage.calibration"),
         (["plan", "x", "--target", "tvm", "--qparams", "f", "--calibration", "g"], 2, "usage.qparams"),
@@ -52,9 +54,10 @@ def test_help_lists_every_command_of_the_contract(capfd: pytest.CaptureFixture[s
         (["build", EXAMPLE, "--target", "tvm", "--out", "y", "--recipe", "int4-gptq"], 2, "recipe.needs_data"),
         (["build", EXAMPLE, "--target", "onnxruntime", "--out", "y", "--kv-cache", "int8"], 2, "recipe.needs_data"),
         (["plan", EXAMPLE, "--target", "tvm", "--qparams", "no-such-file"], 2, "qparams.missing"),
-        (["plan", "x", "--target", "onnxruntime", "--task", "classify"], 3, "option.task"),
+        (["plan", "x", "--target", "onnxruntime", "--task", "classify"], 2, "usage.labels"),
+        (["plan", "x", "--target", "onnxruntime", "--task", "sing"], 2, "usage.task"),
         (["plan", "x", "--target", "onnxruntime"], 2, "checkpoint.missing"),
-        (["plan", "x", "--target", "tensorrt"], 3, "target.unknown"),
+        (["plan", "x", "--target", "coreml"], 3, "target.unknown"),
         (["plan", EXAMPLE, "--target", "onnxruntime", "--device", "graviton3"], 3, "target.device"),
         (["plan", EXAMPLE, "--target", "onnxruntime", "--mattr=+avx2"], 3, "target.device"),
         (["build", EXAMPLE, "--target", "onnxruntime", "--out", "y", "--tune", "5"], 3, "target.device"),
@@ -113,9 +116,9 @@ def test_targets_list_devices_and_caches(capfd: pytest.CaptureFixture[str]) -> N
     devices = {device["name"]: device["summary"] for device in listed["tvm"]["devices"]}
     assert {"host", "raspberry-pi-5", "graviton3", "x86-64-v3", "aarch64"} <= devices.keys() and all(devices.values())
     assert listed["onnxruntime"]["devices"] == []
-    caches = {"fp32": "native", "fp16": "refused", "int8": "native", "fp8": "refused"}
+    caches = {"fp32": "native", "fp16": "refused", "bf16": "refused", "int8": "native", "fp8": "refused"}
     assert listed["onnxruntime"]["kv_caches"] == caches
-    assert listed["tvm"]["kv_caches"] == {"fp32": "native", "fp16": "native", "int8": "native", "fp8": "refused"}
+    assert listed["tvm"]["kv_caches"] == caches | {"fp16": "native"}
     assert listed["tvm"]["default_kv_cache"]["int4-rtn"] == "fp16"
     assert listed["onnxruntime"]["default_kv_cache"]["int4-rtn"] == "fp32"
     parts = {"linear": "int4/g32", "lm_head": "int4/g32", "embedding": "int8/g32"}

@@ -52,9 +52,9 @@ def test_an_fp8_cache_is_refused(tiny_checkpoint):
 def test_devices_are_checked_before_anything_is_built():
     target = get_target("tvm")
     assert {"host", "raspberry-pi-5", "graviton3"} <= target.devices().keys()
-    target.check_device(DeviceOptions(device="raspberry-pi-5"))
+    target.check_options(DeviceOptions(device="raspberry-pi-5"))
     with pytest.raises(InputError, match="pdp-11"):
-        target.check_device(DeviceOptions(device="pdp-11"))
+        target.check_options(DeviceOptions(device="pdp-11"))
 
 
 @pytest.mark.parametrize("device", ["raspberry-pi-5", "x86-64-v2"])
