@@ -26,6 +26,7 @@ from exporter.parity.scoring import (
 STAGE = "compile"
 SIMULATED = ("simulation_relative_l2_error", "decode_vs_prefill", "long_position", "instrumented_vs_plain")
 """Checks that need a simulation of the engine."""
+WHOLE_PROMPTS = "not run: a classifier takes whole prompts, and decodes nothing"
 
 LogitSink = Callable[[np.ndarray, np.ndarray], None]
 """(positions [R] of one row of text, logits [R, V])"""
@@ -74,21 +75,25 @@ def verify_engine(
     engine's logits at `ParityInputs.main_positions`."""
     limits = engine_limits(recipe, rounded_activations=simulation.rounds_activations)
     share = 1.0 if isinstance(simulation, Unsimulated) else 0.4
+    labels = inputs.classifies
     run = run_engine(open_runner, inputs, max_batch, lambda f, detail: advance(share * f, detail))
     metrics = _against_eager(run, reference, inputs)
     if seen is not None:
         seen(inputs.main_positions, run.logits[: len(inputs.main_positions)])
     if isinstance(simulation, Unsimulated):
-        tight = (*(Check(name, None, None, STAGE, simulation.why) for name in SIMULATED), *_consistency(run, limits))
+        unknown = (Check(name, None, None, STAGE, simulation.why) for name in SIMULATED)
+        tight = (*unknown, *_consistency(run, limits))
         stage = StageResult(STAGE, tight, divergence=_off(tight))
-        checks = (*eager_checks(metrics, eager_limits(recipe), STAGE), *tight)
+        checks = (*eager_checks(metrics, eager_limits(recipe), STAGE, classifies=labels), *tight)
         return EngineResult(checks, metrics, stage, unsimulated=True)
     errors = layerwise_errors(
         open_runner, run.logits, simulation, inputs, lambda f, detail: advance(0.4 + 0.6 * f, detail)
     )
     tight = (
         Check("simulation_relative_l2_error", max(errors.all), limits.simulation, STAGE),
-        Check("decode_vs_prefill", max(errors.decoded), limits.simulation, STAGE),
+        Check("decode_vs_prefill", None, None, STAGE, WHOLE_PROMPTS)
+        if labels
+        else Check("decode_vs_prefill", max(errors.decoded), limits.simulation, STAGE),
         Check("long_position", max(errors.tail), limits.simulation, STAGE),
         Check("instrumented_vs_plain", errors.instrumented, limits.consistency, STAGE),
         *_consistency(run, limits),
@@ -96,7 +101,8 @@ def verify_engine(
     )
     divergence = _divergence(errors, limits, tight)
     stage = StageResult(STAGE, tight, local_errors=errors.all, divergence=divergence)
-    return EngineResult((*eager_checks(metrics, eager_limits(recipe), STAGE), *tight), metrics, stage)
+    checks = (*eager_checks(metrics, eager_limits(recipe), STAGE, classifies=labels), *tight)
+    return EngineResult(checks, metrics, stage)
 
 
 def _against_eager(run: EngineRun, reference: Expectation, inputs: ParityInputs) -> LogitMetrics:
@@ -113,11 +119,12 @@ def _consistency(run: EngineRun, limits: EngineLimits) -> tuple[Check, ...]:
         ragged = Check("ragged_batch_vs_single", None, None, STAGE, "the engine is built for one row")
     else:
         ragged = Check("ragged_batch_vs_single", run.ragged, limit, STAGE)
-    return (
-        Check("chunked_vs_prefill", run.chunked, limit, STAGE),
-        Check("prefix_reuse", run.prefix_reuse, limit, STAGE),
-        ragged,
+    ways = {"chunked_vs_prefill": run.chunked, "prefix_reuse": run.prefix_reuse}
+    cached = (
+        Check(name, None, None, STAGE, WHOLE_PROMPTS) if error is None else Check(name, error, limit, STAGE)
+        for name, error in ways.items()
     )
+    return (*cached, ragged)
 
 
 def _divergence(errors: LayerwiseErrors, limits: EngineLimits, checks: tuple[Check, ...]) -> Divergence | None:

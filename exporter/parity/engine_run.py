@@ -19,25 +19,29 @@ OpenRunner = Callable[[int, int, bool], Runner]
 @dataclass(frozen=True)
 class EngineRun:
     """`logits` [R, V] of `scored_positions`. The rest: relative L2 of logits on another way against the plain one,
-    the largest over what was compared; `ragged` None where the engine takes one row only."""
+    the largest over what was compared; `ragged` None where the engine takes one row only, the others where it takes
+    whole prompts only."""
 
     logits: np.ndarray
-    chunked: float
-    prefix_reuse: float
+    chunked: float | None
+    prefix_reuse: float | None
     ragged: float | None
 
 
 def run_engine(open_runner: OpenRunner, inputs: ParityInputs, max_batch: int, advance: Advance) -> EngineRun:
-    """Prefill, decode, chunks, a kept prefix, a full cache, a ragged batch; at most one runner is open at a time."""
+    """Prefill, decode, chunks, a kept prefix, a full cache, a ragged batch (of a classifier: prompts, a prompt of full
+    length, a ragged batch); at most one runner is open at a time."""
     scored = scored_positions(inputs)
     with open_runner(1, len(inputs.long_row), False) as runner:
         single = SingleRow(runner, inputs)
         logits = []
         for index, each in enumerate(scored):
             advance(index / (len(scored) + 3), f"engine, {each.group} row")
-            logits.append(single.teacher_forced(each))
-        advance(len(scored) / (len(scored) + 3), "engine, other ways through the cache")
-        chunked, reuse = single.chunk_errors(logits[0][0])
+            logits.append(single.score(each))
+        chunked, reuse = None, None
+        if not inputs.classifies:
+            advance(len(scored) / (len(scored) + 3), "engine, other ways through the cache")
+            chunked, reuse = single.chunk_errors(logits[0][0])
     batch = min(max_batch, len(inputs.ragged))
     ragged = None
     if batch > 1:
@@ -49,7 +53,8 @@ def run_engine(open_runner: OpenRunner, inputs: ParityInputs, max_batch: int, ad
 
 
 class SingleRow:
-    """A runner of one row. `seen` receives its hidden states after every call of `teacher_forced`."""
+    """A runner of one row. `seen` receives its hidden states after every call of `teacher_forced`, and those of the
+    longest prompt in `prompted`."""
 
     def __init__(self, runner: Runner, inputs: ParityInputs, seen: Callable[[list[np.ndarray]], None] | None = None):
         self.runner, self.inputs = runner, inputs
@@ -61,6 +66,17 @@ class SingleRow:
 
     def extend(self, ids: np.ndarray) -> np.ndarray:
         return self.runner.extend(ids[None], _lengths(ids))[0].copy()
+
+    def score(self, scored: Scored) -> np.ndarray:
+        """Logits [n, V] at the scored positions, as the engine's users get them; at `shown` ones with `seen`."""
+        return self.prompted(scored) if self.inputs.classifies else self.teacher_forced(scored)
+
+    def prompted(self, scored: Scored) -> np.ndarray:
+        """Logits [n, L] after whole prompts, each from an empty cache; the states of a prompt come in one piece."""
+        row = self.inputs.rows[scored.row]
+        logits = [self.prefill(row[: end + 1]) for end in (scored.positions if self._seen is None else scored.shown)]
+        self._show()
+        return np.stack(logits)
 
     def teacher_forced(self, scored: Scored) -> np.ndarray:
         """Logits [n, V] at the scored positions: the first by prefill, each further one by a decode step."""
@@ -102,7 +118,8 @@ class SingleRow:
 
 
 def ragged_error(runner: Runner, inputs: ParityInputs, batch: int, single: list[np.ndarray]) -> float:
-    """A right-padded batch, then decode steps, against each row alone. In the first step the rows take turns."""
+    """A right-padded batch, then a generator's decode steps, against each row alone. In the first step the rows take
+    turns."""
     rows, lengths = inputs.ragged[:batch], np.array(inputs.ragged_prompts[:batch], np.int64)
     ids = np.zeros((batch, int(lengths.max())), np.int64)
     for b, row in enumerate(rows):
@@ -110,7 +127,7 @@ def ragged_error(runner: Runner, inputs: ParityInputs, batch: int, single: list[
     logits = runner.prefill(ids, lengths)
     errors = [relative_l2_error(single[b][0], logits[b]) for b in range(batch)]
     everyone = np.ones(batch, bool)
-    for step in range(inputs.ragged_steps):
+    for step in range(0 if inputs.classifies else inputs.ragged_steps):
         tokens = np.array([row[n + step] for row, n in zip(rows, lengths, strict=True)], np.int64)
         turns = [np.arange(batch) == 0, np.arange(batch) != 0] if step == 0 else [everyone]
         for active in turns:

@@ -20,6 +20,7 @@ CHECK_WORDS = {
     "kl_divergence_max": "KL divergence from eager, largest (nats)",
     "perplexity_ratio": "Perplexity, engine / eager",
     "top1_agreement": "Same most likely token",
+    "label_agreement": "Same label",
     "simulation_relative_l2_error": "Every slice against its simulated quantization",
     "decode_vs_prefill": "Decoded token by token, against all at once",
     "long_position": "Last positions of a full cache",
@@ -185,9 +186,8 @@ def _proof(report: VerifyReport, extra: Mapping[str, Any]) -> str:
     measured = ""
     if facts:
         measured = (
-            f"Measured on text ({escape(str(facts.get('text', '')))}): a prefill of {facts.get('prefill_tokens')} "
-            f"tokens, {facts.get('decode_steps')} decode steps, rows of {facts.get('ragged_lengths')} tokens, and one "
-            f"row that fills all {facts.get('longest_row')} positions."
+            f"Measured on text ({escape(str(facts.get('text', '')))}): {_amounts(facts)}, rows of "
+            f"{facts.get('ragged_lengths')} tokens, and one row that fills all {facts.get('longest_row')} positions."
         )
     simulation = ""
     if report.unsimulated:
@@ -197,6 +197,12 @@ def _proof(report: VerifyReport, extra: Mapping[str, Any]) -> str:
         )
     digest = f"Digest <code>{escape(str(extra['digest']))}</code>" if extra.get("digest") else ""
     return "".join(f"<p>{part}</p>" for part in (graphs, engine, simulation, measured, digest) if part)
+
+
+def _amounts(facts: Mapping[str, Any]) -> str:
+    if "prompts" in facts:
+        return f"{facts['prompts']} prompts of up to {facts.get('longest_prompt')} tokens"
+    return f"a prefill of {facts.get('prefill_tokens')} tokens, {facts.get('decode_steps')} decode steps"
 
 
 def _coverage(manifest: Mapping[str, Any]) -> str:

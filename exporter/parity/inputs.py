@@ -1,6 +1,6 @@
 """What parity is measured on: token rows cut from real text, and how each row is fed to a cache."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,12 @@ class ParityPlan:
     """Last positions of the long row that are measured."""
     chunk: int = 128
     """Most tokens a row advances at once in eager and graph runs: bounds the attention scores in memory."""
+    prompts: int = 24
+    """Prompts of a classifier that are cut from the main row, each run by itself."""
+
+
+CLASSIFIER_PLAN = ParityPlan(prefill=300, decode=148, ragged=(300, 96, 17))
+"""Prompts as moderators get them, about 300 tokens; the graphs' caches are filled beyond."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class ParityInputs:
     """Token rows, int64. `long_row` fills a cache of `max_seq_len`; its first `prefill + decode` ids are the main row.
 
     `ragged[i]` holds `ragged_prompts[i]` prompt ids and then the same number of decode ids in every row.
+    `classifies`: logits are those of labels, after whole prompts; the ids that follow them say nothing.
     """
 
     plan: ParityPlan
@@ -48,6 +55,7 @@ class ParityInputs:
     long_row: np.ndarray
     ragged: tuple[np.ndarray, ...]
     ragged_prompts: tuple[int, ...]
+    classifies: bool = False
 
     @property
     def rows(self) -> list[np.ndarray]:
@@ -64,16 +72,22 @@ class ParityInputs:
 
     @property
     def main_positions(self) -> np.ndarray:
-        """Positions of the main row whose logits an engine returns: its last prefilled one, then each decoded."""
+        """Positions of the main row whose logits an engine returns: its last prefilled one, then each decoded; or the
+        ends of prompts that all begin with the row."""
+        if self.classifies:
+            shortest = max(1, self.main_length // self.plan.prompts)
+            ends = np.linspace(shortest, self.main_length, self.plan.prompts)
+            return np.unique(ends.astype(np.int64)) - 1
         return np.arange(self.prefill - 1, self.main_length)
 
     def ragged_positions(self, row: int) -> np.ndarray:
-        return np.arange(self.ragged_prompts[row] - 1, len(self.ragged[row]))
+        end = self.ragged_prompts[row] if self.classifies else len(self.ragged[row])
+        return np.arange(self.ragged_prompts[row] - 1, end)
 
     @property
     def tail_positions(self) -> np.ndarray:
         length = len(self.long_row)
-        return np.arange(length - self.tail - 1, length)
+        return np.arange(length - 1 if self.classifies else length - self.tail - 1, length)
 
 
 def parity_inputs(
@@ -85,7 +99,9 @@ def parity_inputs(
     (`tokenizer.missing`, `parity.text`, `parity.too_short`).
     """
     tokens, prefix = tokenize(checkpoint, text or sample_text())
-    return inputs_from_tokens(tokens, prefix, config.vocab_size, max_seq_len, plan or ParityPlan())
+    plan = plan or (CLASSIFIER_PLAN if config.classifies else ParityPlan())
+    inputs = inputs_from_tokens(tokens, prefix, config.vocab_size, max_seq_len, plan)
+    return replace(inputs, classifies=config.classifies)
 
 
 def inputs_from_tokens(

@@ -77,13 +77,14 @@ def layerwise_errors(
             again = _disturbed_runs(layer, partial(states.read, index, rows)) if simulation.rounds else ()
             sums.add(exact, states.read(index + 1, rows), again)
             del layer
-        final = [row[each.positions] for row, each in zip(states.read(config.num_layers, rows), scored, strict=True)]
+        final = [row[each.shown] for row, each in zip(states.read(config.num_layers, rows), scored, strict=True)]
     head = _head_errors(simulation, final, logits)
+    shown = np.concatenate([np.isin(each.positions, each.shown) for each in scored])
     return LayerwiseErrors(
         (*sums.all, head[0]),
         (*sums.decoded, head[1]),
         (*sums.tail, head[2]),
-        relative_l2_error(plain_logits, logits),
+        relative_l2_error(plain_logits[shown], logits),
         tuple(sums.flips),
     )
 
@@ -91,13 +92,13 @@ def layerwise_errors(
 def _instrumented(
     open_runner: OpenRunner, scored: Sequence[Scored], inputs: ParityInputs, states: "HiddenStates", advance: Advance
 ) -> np.ndarray:
-    """Logits [R, V] at the scored positions; hidden states go to `states`, row after row."""
+    """Logits [R, V] at the shown positions; hidden states go to `states`, row after row."""
     with open_runner(1, len(inputs.long_row), True) as runner:
         row = SingleRow(runner, inputs, states.append)
         logits = []
         for index, each in enumerate(scored):
             advance(0.5 * index / len(scored), f"engine with hidden states, {each.group} row")
-            logits.append(row.teacher_forced(each))
+            logits.append(row.score(each))
     return join_rows(logits)
 
 
@@ -200,9 +201,9 @@ class _SliceSums:
 
     def add(self, scored: Scored, expected: np.ndarray, found: np.ndarray) -> None:
         """[S, H] each, of one row."""
-        steps = scored.positions[1:]
         self._all.add(expected, found)
-        (self._tail if scored.group == "tail" else self._decoded).add(expected[steps], found[steps])
+        part = self._tail if scored.group == "tail" else self._decoded
+        part.add(expected[scored.steps], found[scored.steps])
 
     @property
     def values(self) -> tuple[float, float, float]:

@@ -215,12 +215,30 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def eager_checks(metrics: LogitMetrics, limits: EagerLimits, stage: str = "compile") -> tuple[Check, ...]:
-    """The contract's checks against eager; agreement of the top token is reported, not gated: near-ties flip."""
-    return (
+LABELS_ALONE = "the logits are those of the labels: the text's own next tokens are not among them"
+
+
+def eager_checks(
+    metrics: LogitMetrics, limits: EagerLimits, stage: str = "compile", *, classifies: bool = False
+) -> tuple[Check, ...]:
+    """The contract's checks against eager; agreement of the top token is reported, not gated: near-ties flip.
+
+    Over the logits of labels a perplexity means nothing, and the top token is a label.
+    """
+    shared = (
         Check("relative_l2_error", metrics.relative_l2_error, limits.relative_l2_error, stage),
         Check("kl_divergence_mean", metrics.kl_divergence_mean, limits.kl_divergence_mean, stage),
         Check("kl_divergence_max", metrics.kl_divergence_max, limits.kl_divergence_max, stage),
+    )
+    if classifies:
+        return (
+            *shared,
+            Check("perplexity_ratio", None, None, stage, LABELS_ALONE),
+            Check("top1_agreement", None, None, stage, f"{LABELS_ALONE}: see label_agreement"),
+            Check("label_agreement", metrics.top1_agreement, None, stage),
+        )
+    return (
+        *shared,
         Check("perplexity_ratio", metrics.perplexity_ratio, limits.perplexity_ratio, stage),
         Check("top1_agreement", metrics.top1_agreement, None, stage),
     )

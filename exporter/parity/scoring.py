@@ -14,25 +14,42 @@ Advance = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class Scored:
-    """Some positions of one row of `ParityInputs.rows`."""
+    """Some positions of one row of `ParityInputs.rows`, where logits are compared.
+
+    `steps`: where hidden states are compared apart from the others: decoded one at a time, or the row's end. `shown`:
+    where an engine that shows its hidden states gives logits.
+    """
 
     group: str
     row: int
     positions: np.ndarray
+    steps: np.ndarray
+    shown: np.ndarray
 
 
 def scored_positions(inputs: ParityInputs) -> list[Scored]:
-    """`main` (prefill and decode), each `ragged` row, and the `tail` of the long row, in this order."""
-    ragged = [Scored("ragged", i + 1, inputs.ragged_positions(i)) for i in range(len(inputs.ragged))]
-    return [Scored("main", 0, inputs.main_positions), *ragged, Scored("tail", 0, inputs.tail_positions)]
+    """`main` (prefill and decode, or prompts), each `ragged` row, and the `tail` of the long row, in this order."""
+    ragged = [_scored(inputs, "ragged", i + 1, inputs.ragged_positions(i)) for i in range(len(inputs.ragged))]
+    main, tail = _scored(inputs, "main", 0, inputs.main_positions), _scored(inputs, "tail", 0, inputs.tail_positions)
+    return [main, *ragged, tail]
+
+
+def _scored(inputs: ParityInputs, group: str, row: int, positions: np.ndarray) -> Scored:
+    """A generator's first position is prefilled, the others are decoded. A classifier decodes none: a row's longest
+    prompt shows the states of all."""
+    if not inputs.classifies:
+        return Scored(group, row, positions, positions[1:], positions)
+    end = positions[-1] + 1
+    steps = np.arange(end - inputs.tail if group == "tail" else end, end)
+    return Scored(group, row, positions, steps, positions[-1:])
 
 
 def targets(inputs: ParityInputs, scored: Iterable[Scored]) -> np.ndarray:
-    """The id that follows each scored position, int64 [R]; -1 at the end of a row."""
+    """The id that follows each scored position, int64 [R]; -1 at the end of a row, and where logits are of labels."""
     parts = []
     for each in scored:
         following = np.append(inputs.rows[each.row][1:], -1)
-        parts.append(following[each.positions])
+        parts.append(np.full(len(each.positions), -1) if inputs.classifies else following[each.positions])
     return np.concatenate(parts)
 
 

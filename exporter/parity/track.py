@@ -152,7 +152,8 @@ class StageTrack:
         if self.expected.rounds:
             checks.append(Check("rounding_flips", max(self.flips, default=None), None, self.stage))
         if self.metrics is not None:
-            checks.extend(eager_checks(self.metrics, self.limits, self.stage))
+            classifies = self.inputs.classifies
+            checks.extend(eager_checks(self.metrics, self.limits, self.stage, classifies=classifies))
         return StageResult(
             self.stage, tuple(checks), tuple(self.layer_errors), tuple(self.local_errors), self.divergence
         )

@@ -161,7 +161,8 @@ def _simulated(
     )
     limits = eager_limits(engine.recipe)
     errors = tuple(_recipe_errors(reference, rounded))
-    return (StageResult("simulate", eager_checks(metrics, limits, "simulate"), layer_errors=errors),)
+    checks = eager_checks(metrics, limits, "simulate", classifies=inputs.classifies)
+    return (StageResult("simulate", checks, layer_errors=errors),)
 
 
 def _recipe_errors(reference: Expectation, simulation: Expectation) -> list[float]:
@@ -216,9 +217,10 @@ def _first(
 
 
 def _facts(engine: EngineUnderTest, inputs: ParityInputs) -> dict[str, Any]:
+    prompts = {"prompts": len(inputs.main_positions), "longest_prompt": inputs.main_length}
+    generated = {"prefill_tokens": inputs.prefill, "decode_steps": inputs.decode}
     return {
-        "prefill_tokens": inputs.prefill,
-        "decode_steps": inputs.decode,
+        **(prompts if inputs.classifies else generated),
         "ragged_lengths": list(inputs.ragged_prompts),
         "longest_row": len(inputs.long_row),
         "max_batch": engine.limits.max_batch,
