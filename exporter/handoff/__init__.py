@@ -1,0 +1,1 @@
+"""What the consumer of an engine needs to start: command lines, a Triton model repository, a page for people."""
