@@ -60,6 +60,13 @@ def label_tokens(tokenizer: "tokenizers.Tokenizer", labels: Sequence[str], vocab
     return [_label_token(tokenizer, label, vocab_size) for label in labels]
 
 
+def named_labels(checkpoint: Path, task: Task, config: ModelConfig) -> list[LabelToken]:
+    """The labels of a task with their tokens' names; none where it has none."""
+    if not task.classifies:
+        return []
+    return label_tokens(tokenizer_of(checkpoint, config), task.labels, config.vocab_size)
+
+
 def tokenizer_of(checkpoint: Path, config: ModelConfig) -> "tokenizers.Tokenizer":
     """The tokenizer of a checkpoint, checked against its vocabulary."""
     import tokenizers

@@ -1,7 +1,7 @@
 """The whole data flow of a build on one screen; each stage is a function from one value to the next."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,13 @@ from exporter.core.canonical import CanonicalModel
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.config import ModelConfig
 from exporter.core.errors import UnsupportedError
+from exporter.core.labelled import labelled, labelled_config
 from exporter.core.machine import triple
 from exporter.core.progress import NoProgress, Progress, stage
 from exporter.core.recipe import Recipe
 from exporter.core.task import GENERATE, Task
 from exporter.core.traced import TracedModel
+from exporter.labels import LabelToken, named_labels
 from exporter.memory import check_peak
 from exporter.options import BuildOptions
 from exporter.plan import built_config, check_memory_budget, first_blocker, open_parameters
@@ -37,10 +39,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A build whose feasibility was settled from the config alone, before any weight was read."""
+    """A build whose feasibility was settled from the config alone, before any weight was read.
+
+    `source` is the checkpoint's architecture, `config` the one for the task: a classifier's head is smaller.
+    """
 
     options: BuildOptions
     target: Target
+    source: ModelConfig
     config: ModelConfig
     recipe: Recipe
     limits: Limits
@@ -60,13 +66,15 @@ class Graphs:
 
 @dataclass(frozen=True)
 class BuildOutcome:
-    """A finished build: where it is, its digest, and what was proven. `report` is None with `--no-parity`."""
+    """A finished build: where it is, its digest, and what was proven. `report` is None with `--no-parity`; `labels`
+    say which token stands for each label of a classifier."""
 
     path: Path
     digest: str
     manifest: Manifest
     coverage: Coverage
     report: "VerifyReport | None"
+    labels: tuple[LabelToken, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """What `build --json` prints."""
@@ -76,6 +84,7 @@ class BuildOutcome:
             "target": self.manifest.target,
             "recipe": self.manifest.recipe_name,
             "engine_bytes": self.manifest.total_bytes,
+            "labels": [asdict(label) for label in self.labels],
             "coverage": self.coverage.to_json(),
             "parity": self.manifest.parity,
             "proof": self.manifest.proof,
@@ -85,7 +94,8 @@ class BuildOutcome:
         """The outcome for people."""
         size = f"{self.manifest.total_bytes / 1e6:,.1f} MB, {self.coverage.bits_per_weight:.2f} bits per weight"
         proven = self.report.describe() if self.report else "parity was not checked (--no-parity)"
-        return f"built {self.path}: {self.manifest.recipe_name} for {self.manifest.target}, {size}\n{proven}"
+        built = f"built {self.path}: {self.manifest.recipe_name} for {self.manifest.target}, {size}"
+        return "\n".join((built, *(label.describe() for label in self.labels), proven))
 
 
 def build(options: BuildOptions, progress: Progress | None = None) -> BuildOutcome:
@@ -94,15 +104,16 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildOutco
     with stage(progress, "check"):
         check_output(options.out, options.force, options.checkpoint)
         job = prepare(options)
-        checkpoint = Checkpoint.open(options.checkpoint, job.config)
-        tokenizer = read_tokenizer(options.checkpoint, job.config)
+        original = Checkpoint.open(options.checkpoint, job.source)
+        tokenizer = read_tokenizer(options.checkpoint, job.source)
         if job.parameters is not None:
-            job.parameters.check(checkpoint)
+            job.parameters.check(original)
+        checkpoint = labelled(original, job.task)
     with staged_directory(options.out, options.force, options.checkpoint) as staging, ThreadPoolExecutor(1) as pool:
         source_digest = pool.submit(lambda: checkpoint.digest)
         if options.calibration.calibrates(job.recipe):
             with stage(progress, "calibrate"):
-                job = calibrated_job(job, checkpoint, progress)
+                job = calibrated_job(job, original, progress)
         numbers = recipe_numbers(job, checkpoint)
         graphs = make_graphs(job, numbers, progress)
         with stage(progress, "compile"):
@@ -115,17 +126,18 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildOutco
         with stage(progress, "package"):
             manifest = _manifest(job, source_digest.result(), result, report)
             manifest, digest = write_manifest(staging, manifest)
-    return BuildOutcome(options.out, digest, manifest, job.coverage, report)
+    labels = tuple(named_labels(options.checkpoint, job.task, job.source))
+    return BuildOutcome(options.out, digest, manifest, job.coverage, report, labels)
 
 
 def prepare(options: BuildOptions) -> Job:
     """Settle target, recipe, limits and coverage; raises before any weight is read."""
     target = get_target(options.target)
-    config = ModelConfig.from_directory(options.checkpoint)
+    source = ModelConfig.from_directory(options.checkpoint)
     target.check_options(options.device, options.engine)
-    task = requested_task(options, config)
-    parameters = open_parameters(options, config)
-    recipe = requested_recipe(options, target, config, parameters)
+    task = requested_task(options, source)
+    parameters = open_parameters(options, source)
+    recipe, config = requested_recipe(options, target, source, parameters), labelled_config(source, task)
     recipe = recipe if parameters else prospective(config, recipe)
     options.calibration.check(recipe, target.calibrated_caches)
     covered = coverage(built_config(config, recipe), recipe, target.matrix_bits)
@@ -135,7 +147,7 @@ def prepare(options: BuildOptions) -> Job:
     if not (probe := target.probe()).usable:
         raise UnsupportedError(f"target.{target.name}", f"target {target.name}: {probe.why}", probe.remedy)
     check_memory_budget(options, config, recipe, covered, limits)
-    return Job(options, target, config, recipe, limits, covered, parameters, task)
+    return Job(options, target, source, config, recipe, limits, covered, parameters, task)
 
 
 def calibrated_job(job: Job, checkpoint: Checkpoint, progress: Progress) -> Job:
@@ -218,7 +230,7 @@ def _manifest(job: Job, source_digest: str, result: BuildResult, report: "Verify
     unproven = {"graph_parity": None, "built_by": built_by(job.target), "engine_run": None, "simulation": None}
     return Manifest(
         enginesmith=VERSION,
-        source=Source(source_digest, job.config),
+        source=Source(source_digest, job.source),
         recipe=job.recipe,
         coverage=PrecisionTable.from_json(job.coverage.to_json()),
         target=job.target.name,
@@ -231,4 +243,5 @@ def _manifest(job: Job, source_digest: str, result: BuildResult, report: "Verify
         parity=report.to_json() if report else None,
         proof=report.proof.to_json() if report else unproven,
         calibration=record_of(job.parameters) if job.parameters else None,
+        task=job.task,
     )

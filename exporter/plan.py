@@ -9,8 +9,10 @@ from calibration.transforms import FoldNorms, transformed_config
 from exporter.artifact.tokenizer_files import tokenizer_bytes
 from exporter.core.config import ModelConfig
 from exporter.core.errors import BudgetError, EngineSmithError, UnsupportedError
+from exporter.core.labelled import labelled_config
 from exporter.core.recipe import Recipe, kv_cache_bytes
 from exporter.core.task import Task
+from exporter.labels import LabelToken, named_labels
 from exporter.matrix_sources import MatrixSource, grouped, matrix_sources
 from exporter.options import BuildOptions
 from exporter.requested_recipe import requested_recipe
@@ -41,7 +43,7 @@ class StagePlan:
 @dataclass(frozen=True)
 class Plan:
     """The forecast. `blocker` is the error the build would end with before reading a weight, or None; `matrices` says
-    what a file of quantization parameters gives."""
+    what a file of quantization parameters gives, `labels` which token stands for each label of a classifier."""
 
     target: str
     recipe: str
@@ -53,6 +55,7 @@ class Plan:
     coverage: Coverage
     blocker: EngineSmithError | None
     matrices: tuple[MatrixSource, ...] = ()
+    labels: tuple[LabelToken, ...] = ()
 
     @property
     def peak_ram_bytes(self) -> int:
@@ -71,6 +74,7 @@ class Plan:
             "unsupported": list(self.unsupported),
             "coverage": self.coverage.to_json(),
             "matrices": [asdict(matrix) for matrix in self.matrices],
+            "labels": [asdict(label) for label in self.labels],
         }
         return {**plan, "error": self.blocker.to_json()} if self.blocker else plan
 
@@ -85,17 +89,18 @@ class Plan:
         ]
         lines += [f"  {stage.name:<9} {stage.peak_ram_bytes / 1e6:,.0f} MB" for stage in self.stages]
         lines += [f"parameters   {line}" for line in grouped(self.matrices)]
+        lines += [label.describe() for label in self.labels]
         return "\n".join(lines + [f"note: {note}" for note in self.unsupported])
 
 
 def make_plan(options: BuildOptions) -> Plan:
     """Plan a build. Raises InputError or UnsupportedError where there is nothing to plan (no config, no target)."""
     target = get_target(options.target)
-    config = ModelConfig.from_directory(options.checkpoint)
+    source = ModelConfig.from_directory(options.checkpoint)
     target.check_options(options.device, options.engine)
-    task = requested_task(options, config)
-    parameters = open_parameters(options, config)
-    recipe = requested_recipe(options, target, config, parameters)
+    task = requested_task(options, source)
+    parameters = open_parameters(options, source)
+    recipe, config = requested_recipe(options, target, source, parameters), labelled_config(source, task)
     recipe = recipe if parameters else prospective(config, recipe)
     options.calibration.check_recipe(recipe, target.calibrated_caches)
     built = built_config(config, recipe)
@@ -117,7 +122,8 @@ def make_plan(options: BuildOptions) -> Plan:
         unsupported=tuple(notes),
         coverage=covered,
         blocker=blocker,
-        matrices=matrix_sources(target, covered, recipe, config, parameters),
+        matrices=matrix_sources(target, covered, recipe, source, parameters),
+        labels=tuple(named_labels(options.checkpoint, task, source)),
     )
 
 
@@ -181,7 +187,10 @@ def plan_stages(
         cache = heads * kv_cache_bytes(recipe.kv_cache, config.head_dim) * limits.max_seq_len
         rows = 4 * PARITY_TOKENS * (config.hidden_size * 8 + config.intermediate_size)
         streaming = TRACE_BYTES + 3 * layer + rows + HEAD_BLOCK * 4
-        running = TRACE_BYTES + RUNTIME_BYTES + engine + cache
+        # A classifier takes whole prompts, and shows its hidden states of the longest in one piece.
+        boundaries = config.num_layers + 1 if config.classifies else 0
+        states = 4 * boundaries * config.hidden_size * limits.max_seq_len
+        running = TRACE_BYTES + RUNTIME_BYTES + engine + cache + states
         stages.append(("verify", max(streaming, running)))
     stages.append(("package", TRACE_BYTES))
     return [StagePlan(name, int(size)) for name, size in stages]

@@ -7,6 +7,7 @@ from calibration.qparams import QParams
 from exporter.artifact.load import Artifact
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.errors import InputError
+from exporter.core.labelled import labelled
 from exporter.core.progress import Progress
 from exporter.recipe_numbers import calibrated_numbers, plain_numbers
 from targets.registry import get_target
@@ -43,9 +44,11 @@ def verify_engine_directory(
             f"(digest {manifest.source_digest[:12]})",
             "give the checkpoint that the engine was built from",
         )
-    target, numbers = get_target(manifest.target), None
     if parameters is not None:
         parameters.check(checkpoint)
+    checkpoint = labelled(checkpoint, manifest.task)
+    target, numbers = get_target(manifest.target), None
+    if parameters is not None:
         numbers = calibrated_numbers(checkpoint, manifest.recipe, parameters, target, threads)
     elif manifest.calibration is None:
         numbers = plain_numbers(checkpoint, threads)

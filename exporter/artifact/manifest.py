@@ -20,6 +20,7 @@ from exporter.artifact.older_manifests import upgrade
 from exporter.artifact.paths import path_fault
 from exporter.core.config import ModelConfig
 from exporter.core.errors import ArtifactError, EngineSmithError
+from exporter.core.labelled import labelled_config
 from exporter.core.recipe import Recipe
 from exporter.core.task import GENERATE, Task
 from targets.base import Limits
@@ -94,6 +95,11 @@ class Manifest:
     calibration: CalibrationRecord | None = None
     task: Task = GENERATE
     engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The engine's architecture: the checkpoint's for its task."""
+        return labelled_config(self.source.config, self.task)
 
     @property
     def total_bytes(self) -> int:
@@ -221,7 +227,15 @@ def _manifest(fields: Fields) -> Manifest:
         files=_files(fields.items("files")),
     )
     fields.done()
+    _check_labels(manifest)
     return manifest
+
+
+def _check_labels(manifest: Manifest) -> None:
+    try:
+        labelled_config(manifest.source.config, manifest.task)
+    except EngineSmithError as error:
+        raise damaged(error.message) from error
 
 
 def _source(fields: Fields) -> Source:
