@@ -1,0 +1,144 @@
+"""Writing the quantized Hugging Face checkpoint of ModelOpt, which TensorRT-LLM, vLLM and SGLang load."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.weight_rows import sharing_scale
+from exporter.core.canonical import CheckpointWeight
+from exporter.core.recipe import Precision
+from exporter.core.weights import QuantizedRows
+from targets.base import BuildSource
+from targets.tensorrt_llm.formats import HF, float_kind, hf_algorithm, matrix_precisions
+from targets.tensorrt_llm.hf_config import excluded_modules, producer, quantization, write_configs
+from targets.tensorrt_llm.hf_tensors import (
+    Fp8ChannelEncoder,
+    Fp8Encoder,
+    Int4Encoder,
+    Int4Fp8Encoder,
+    KvScaleEncoder,
+    Nvfp4Encoder,
+    SharedAmax,
+    kv_scale_of,
+)
+from targets.tensorrt_llm.nvfp4_scales import common_scale, matrix_scale
+from targets.tensorrt_llm.piece import Piece, float_piece, input_scale
+from targets.tensorrt_llm.streamed_files import SHARD_BYTES, Report, write_pieces
+from targets.tensorrt_llm.written import Written
+
+SAMPLE_ROWS = 64
+
+
+def write_hf(source: BuildSource, out_dir: Path, progress: Report, shard_bytes: int = SHARD_BYTES) -> Written:
+    """Weights, config.json, generation_config.json and hf_quant_config.json. The recipe is one that
+    `targets.tensorrt_llm.support` takes. Raises InputError where a scale of activations was not calibrated."""
+    config = source.checkpoint.config
+    kind = float_kind(config, source.recipe)
+    pieces = list(HfPieces(source, kind))
+    files, size = write_pieces(out_dir, pieces, source.rows, progress, shard_bytes)
+    found = quant_config(source)
+    files += write_configs(out_dir, source.checkpoint.path, config, kind, found)
+    return Written(files, size, report(source, kind, found))
+
+
+def coded_matrices(source: BuildSource) -> dict[str, Precision]:
+    """The matrices that are quantized, by module."""
+    found = matrix_precisions(source.checkpoint.config, source.recipe)
+    return {module: precision for module, precision in found.items() if precision.is_coded}
+
+
+def quant_config(source: BuildSource) -> dict[str, Any] | None:
+    """hf_quant_config.json; None for a checkpoint in floats."""
+    modules = matrix_precisions(source.checkpoint.config, source.recipe)
+    coded = coded_matrices(source)
+    if not coded:
+        return None
+    precision = next(iter(coded.values()))
+    algorithm = hf_algorithm(precision)
+    assert algorithm is not None
+    excluded = excluded_modules(coded, (module for module in modules if module not in coded))
+    return quantization(algorithm, precision, source.recipe.kv_cache, excluded, producer())
+
+
+def report(source: BuildSource, kind: str, found: dict[str, Any] | None) -> dict[str, Any]:
+    """What the manifest says of the checkpoint."""
+    details = found["quantization"] if found else {"quant_algo": None, "kv_cache_quant_algo": None}
+    facts: dict[str, Any] = {"format": HF, "float_type": kind, **details}
+    notes = {
+        "FP8": "servers that compute q, k and v (gate and up) in one product round these weights once more, to the "
+        "largest of their scales",
+        "W4A16_AWQ": f"TensorRT-LLM keeps the scales of groups in {kind}; vLLM and SGLang read no W4A16_AWQ checkpoint",
+        "W4A8_AWQ": "TensorRT-LLM keeps the scales of groups in float16; vLLM and SGLang read no W4A8_AWQ checkpoint",
+    }
+    note = notes.get(str(details["quant_algo"]))
+    return {**facts, "note": note} if note else facts
+
+
+class HfPieces:
+    """Every tensor of the source, in its order, with the tensors that store it."""
+
+    def __init__(self, source: BuildSource, kind: str) -> None:
+        self.source, self.kind = source, kind
+        self.coded = coded_matrices(source)
+        self._amax: dict[str, SharedAmax] = {}
+        self._matrix_scales: dict[str, np.float32] = {}
+
+    def __iter__(self) -> Iterator[Piece]:
+        for name, shape in self.source.checkpoint.config.tensor_shapes.items():
+            module = name.removesuffix(".weight")
+            if module not in self.coded:
+                yield float_piece(name, shape, self.kind)
+            else:
+                yield self._coded(name, module, (shape[0], shape[1]))
+
+    def _coded(self, name: str, module: str, shape: tuple[int, int]) -> Piece:
+        precision = self.coded[module]
+        encoder = self._encoder(module, shape, precision)
+        scales = self.source.kv_scales if self.source.recipe.kv_cache == "fp8" else None
+        if (found := kv_scale_of(module, scales or {})) is not None:
+            return Piece(name, shape, precision, KvScaleEncoder(encoder, *found))
+        return Piece(name, shape, precision, encoder)
+
+    def _encoder(
+        self, module: str, shape: tuple[int, int], precision: Precision
+    ) -> "Fp8Encoder | Fp8ChannelEncoder | Int4Encoder | Nvfp4Encoder":
+        algorithm, scales = hf_algorithm(precision), self.source.input_scales
+        group = precision.group_of(shape[1])
+        if algorithm == "FP8":
+            return Fp8Encoder(module, shape, input_scale(scales, module))
+        if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+            return Fp8ChannelEncoder(module, shape)
+        if algorithm == "W4A16_AWQ":
+            return Int4Encoder(module, shape, group, self.kind)
+        if algorithm == "W4A8_AWQ":
+            amax = self._amax.setdefault(_siblings(module)[0], SharedAmax())
+            return Int4Fp8Encoder(module, shape, group, self.kind, input_scale(scales, module), amax)
+        assert algorithm == "NVFP4"
+        return Nvfp4Encoder(module, shape, input_scale(scales, module), self._matrix_scale(module))
+
+    def _matrix_scale(self, module: str) -> np.float32:
+        siblings = _siblings(module)
+        if siblings[0] not in self._matrix_scales:
+            self._matrix_scales[siblings[0]] = shared_matrix_scale(self.source, siblings)
+        return self._matrix_scales[siblings[0]]
+
+
+def _siblings(module: str) -> tuple[str, ...]:
+    """All matrices with the same input, in order."""
+    names = sharing_scale(f"{module}.weight", Precision("nvfp4", 16))
+    return tuple(name.removesuffix(".weight") for name in names)
+
+
+def shared_matrix_scale(source: BuildSource, modules: tuple[str, ...]) -> np.float32:
+    """The float32 scale of nvfp4 matrices with one input. Reads their weights once, and the first of their codes."""
+    names = [f"{module}.weight" for module in modules]
+    near = matrix_scale(source.checkpoint, names)
+    samples = []
+    for name in names:
+        stop = min(SAMPLE_ROWS, source.checkpoint.tensors[name].shape[0])
+        rows = source.rows(CheckpointWeight((name,), Precision("nvfp4", 16)), 0, stop)
+        assert isinstance(rows, QuantizedRows)
+        samples.append(rows.scales)
+    return common_scale(samples, near, names)
