@@ -6,12 +6,12 @@ from exporter.core.engine_options import EngineOptions
 from exporter.core.errors import InputError
 from exporter.core.task import Task
 from targets.base import Limits
-from targets.tensorrt.engine_index import DECODE, PREFILL
-from targets.tensorrt.engine_index import StepProfile as Profile
+from targets.tensorrt.engine_index import DECODE, PREFILL, StepProfile
 
 BATCH, LENGTH = "B", "S"
 USUAL_PROMPT, LONGEST_STEP = 256, 2048
 Shape = tuple[int, ...]
+Profile = StepProfile
 
 
 def profiles(limits: Limits, options: EngineOptions, task: Task) -> tuple[Profile, ...]:
