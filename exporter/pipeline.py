@@ -121,8 +121,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildOutco
             result = job.target.build(source, staging, progress)
             tokenizer.write(staging)
             check_peak(options.max_ram, "compile")
-        not_run = "; ".join(found.message for found in check_host(result.triple or triple(), result.requirements))
-        report = _verify(job, checkpoint, numbers, graphs, staging, not_run, progress) if options.parity else None
+        report = _verify(job, checkpoint, numbers, graphs, staging, result, progress) if options.parity else None
         with stage(progress, "package"):
             manifest = _manifest(job, source_digest.result(), result, report)
             manifest, digest = write_manifest(staging, manifest)
@@ -212,14 +211,24 @@ def _verify(
     numbers: RecipeNumbers,
     graphs: Graphs,
     engine: Path,
-    not_run: str,
+    result: BuildResult,
     progress: Progress,
 ) -> "VerifyReport":
-    """`not_run`: why this machine cannot run the engine, or nothing."""
     from exporter.parity.verify import EngineUnderTest, verify_build
 
     options = job.options
-    subject = EngineUnderTest(job.target, engine, checkpoint, job.recipe, job.limits, options.text, options.threads)
+    unfit = [found.message for found in check_host(result.triple or triple(), result.requirements)]
+    not_run = "; ".join([result.not_run] if result.not_run else unfit)
+    subject = EngineUnderTest(
+        job.target,
+        engine,
+        checkpoint,
+        job.recipe,
+        job.limits,
+        options.text,
+        options.threads,
+        built_by=result.built_by or "",
+    )
     with stage(progress, "verify"):
         report = verify_build(subject, graphs.traced, graphs.fused, graphs.quantized, numbers, progress, not_run)
         check_peak(job.options.max_ram, "verify")
@@ -227,7 +236,6 @@ def _verify(
 
 
 def _manifest(job: Job, source_digest: str, result: BuildResult, report: "VerifyReport | None") -> Manifest:
-    unproven = {"graph_parity": None, "built_by": built_by(job.target), "engine_run": None, "simulation": None}
     return Manifest(
         enginesmith=VERSION,
         source=Source(source_digest, job.source),
@@ -241,7 +249,14 @@ def _manifest(job: Job, source_digest: str, result: BuildResult, report: "Verify
         limits=job.limits,
         weights_bytes=result.weights_bytes,
         parity=report.to_json() if report else None,
-        proof=report.proof.to_json() if report else unproven,
+        proof=report.proof.to_json() if report else _unproven(result.built_by or built_by(job.target)),
         calibration=record_of(job.parameters) if job.parameters else None,
         task=job.task,
+        engine=result.report,
     )
+
+
+def _unproven(built_by: str) -> dict[str, Any]:
+    names = ("graph_parity", "engine_run", "simulation", "stand_in")
+    words = f"built by {built_by}; nothing was proven (--no-parity)"
+    return {"built_by": built_by, "statement": words, **dict.fromkeys(names)}

@@ -166,6 +166,9 @@ class Target(Protocol):
     calibrated_caches: frozenset[str]
     """Kinds of KV cache whose scales come from calibration: one for all keys, one for all values of a layer."""
 
+    has_stand_in: bool
+    """Whether there is a `stand_in`."""
+
     def probe(self) -> Support:
         """Whether the toolchain is here; never raises; says why not and the remedy."""
         ...
@@ -205,6 +208,10 @@ class Target(Protocol):
         """How engines round what a matrix of this precision multiplies: parity simulates it. None: not at all."""
         ...
 
+    def roundoff(self, recipe: Recipe) -> float:
+        """Unit roundoff of the arithmetic between matrices: 2^-24 for float32, 2^-11 for float16, 2^-8 for bfloat16."""
+        ...
+
     def devices(self) -> dict[str, str]:
         """What `DeviceOptions.device` may name, each with one sentence; empty: this machine only."""
         ...
@@ -240,6 +247,11 @@ UNNAMED = ("lm_head", "embedding", "kv_cache", "linear", "group_size")
 
 class EngineTarget:
     """What targets have in common whose artifacts are engines that run on this CPU or not at all."""
+
+    has_stand_in = False
+
+    def roundoff(self, recipe: Recipe) -> float:
+        return 2.0**-24
 
     def stand_in(self, engine_dir: Path, config: ModelConfig, limits: Limits, options: RunOptions) -> Runner | None:
         return None

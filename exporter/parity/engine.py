@@ -8,7 +8,7 @@ import numpy as np
 from exporter.core.recipe import Recipe
 from exporter.parity.engine_run import EngineRun, OpenRunner, run_engine
 from exporter.parity.inputs import ParityInputs
-from exporter.parity.layerwise import LayerwiseErrors, layerwise_errors
+from exporter.parity.layerwise import FLOAT32_ROUNDOFF, LayerwiseErrors, layerwise_errors
 from exporter.parity.limits import EngineLimits, eager_limits, engine_limits, within
 from exporter.parity.metrics import LogitMetrics
 from exporter.parity.reference import EagerModel
@@ -43,12 +43,13 @@ class Unsimulated:
 @dataclass(frozen=True)
 class EngineResult:
     """What the engine showed. `metrics` is against eager; `stage` holds the errors slice by slice; `unsimulated`: there
-    was no simulation to hold it to."""
+    was no simulation to hold it to; `is_checkpoint`: there is no engine, its files were read back."""
 
     checks: tuple[Check, ...]
     metrics: LogitMetrics
     stage: StageResult
     unsimulated: bool = False
+    is_checkpoint: bool = False
 
     @property
     def passed(self) -> bool:
@@ -69,11 +70,14 @@ def verify_engine(
     max_batch: int,
     advance: Advance,
     seen: LogitSink | None = None,
+    *,
+    roundoff: float = FLOAT32_ROUNDOFF,
 ) -> EngineResult:
     """Run an engine and compare it. `simulation` is the eager model with the recipe's weights (and its cache, and
     activations if the engine rounds them): the reference's own model for a lossless recipe. `seen` is shown the
-    engine's logits at `ParityInputs.main_positions`."""
-    limits = engine_limits(recipe, rounded_activations=simulation.rounds_activations)
+    engine's logits at `ParityInputs.main_positions`. `roundoff`: of the engine's arithmetic."""
+    half = roundoff > FLOAT32_ROUNDOFF
+    limits = engine_limits(recipe, rounded_activations=simulation.rounds_activations, half_arithmetic=half)
     share = 1.0 if isinstance(simulation, Unsimulated) else 0.4
     labels = inputs.classifies
     run = run_engine(open_runner, inputs, max_batch, lambda f, detail: advance(share * f, detail))
@@ -87,7 +91,7 @@ def verify_engine(
         checks = (*eager_checks(metrics, eager_limits(recipe), STAGE, classifies=labels), *tight)
         return EngineResult(checks, metrics, stage, unsimulated=True)
     errors = layerwise_errors(
-        open_runner, run.logits, simulation, inputs, lambda f, detail: advance(0.4 + 0.6 * f, detail)
+        open_runner, run.logits, simulation, inputs, lambda f, detail: advance(0.4 + 0.6 * f, detail), roundoff
     )
     tight = (
         Check("simulation_relative_l2_error", max(errors.all), limits.simulation, STAGE),

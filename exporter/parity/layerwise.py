@@ -30,9 +30,10 @@ from exporter.parity.metrics import ErrorSums, relative_l2_error
 from exporter.parity.reference import EagerLayer, EagerModel
 from exporter.parity.scoring import Advance, Scored, column_blocks, columns, scored_positions
 
-DISTURBANCE = 2.0**-24
-"""Relative: the unit roundoff of float32. Measured on a 2048-wide model: such a simulation parts from itself by 1.41e-2
-and 6.5e-4 in two layers where the engine parts from it by 1.38e-2 and 1.01e-3."""
+FLOAT32_ROUNDOFF = 2.0**-24
+"""How far hidden states are disturbed, relative, for engines that compute in float32: its unit roundoff. Measured on a
+2048-wide model: such a simulation parts from itself by 1.41e-2 and 6.5e-4 in two layers where the engine parts from it
+by 1.38e-2 and 1.01e-3."""
 
 DRAWS = 8
 """A value on a tie flips every other time, and a single one can be all that there is, where the rest of the row attends
@@ -61,9 +62,15 @@ class LayerwiseErrors:
 
 
 def layerwise_errors(
-    open_runner: OpenRunner, plain_logits: np.ndarray, simulation: EagerModel, inputs: ParityInputs, advance: Advance
+    open_runner: OpenRunner,
+    plain_logits: np.ndarray,
+    simulation: EagerModel,
+    inputs: ParityInputs,
+    advance: Advance,
+    roundoff: float = FLOAT32_ROUNDOFF,
 ) -> LayerwiseErrors:
-    """Run the engine over all scored rows with its hidden states shown, then the simulation from each of them."""
+    """Run the engine over all scored rows with its hidden states shown, then the simulation from each of them.
+    `roundoff`: of the engine's arithmetic."""
     config, scored = simulation.config, scored_positions(inputs)
     with HiddenStates(config.num_layers + 1, config.hidden_size) as states:
         logits = _instrumented(open_runner, scored, inputs, states, advance)
@@ -74,7 +81,7 @@ def layerwise_errors(
             advance(0.5 + 0.5 * index / (config.num_layers + 1), f"simulation, layer {index} of {config.num_layers}")
             layer = simulation.layer(index)
             exact = [layer.run(row).hidden for row in states.read(index, rows)]
-            again = _disturbed_runs(layer, partial(states.read, index, rows)) if simulation.rounds else ()
+            again = _disturbed_runs(layer, partial(states.read, index, rows), roundoff) if simulation.rounds else ()
             sums.add(exact, states.read(index + 1, rows), again)
             del layer
         final = [row[each.shown] for row, each in zip(states.read(config.num_layers, rows), scored, strict=True)]
@@ -181,12 +188,14 @@ def _less(error: float, flips: float) -> float:
     return math.sqrt(max(0.0, error**2 - flips**2)) if math.isfinite(error) else math.inf
 
 
-def _disturbed_runs(layer: EagerLayer, before: Callable[[], Iterable[np.ndarray]]) -> Iterator[Iterator[np.ndarray]]:
+def _disturbed_runs(
+    layer: EagerLayer, before: Callable[[], Iterable[np.ndarray]], roundoff: float
+) -> Iterator[Iterator[np.ndarray]]:
     """What a layer of the simulation makes of all rows [S, H] when they are disturbed, DRAWS times."""
     generator = np.random.default_rng(0)
 
     def disturbed(row: np.ndarray) -> np.ndarray:
-        noise = generator.standard_normal(row.shape, np.float32) * np.float32(DISTURBANCE)
+        noise = generator.standard_normal(row.shape, np.float32) * np.float32(roundoff)
         return layer.run(row * (1 + noise)).hidden
 
     for _ in range(DRAWS):

@@ -13,7 +13,7 @@ import numpy as np
 
 from exporter.parity.graph_slice import GraphLayer
 from exporter.parity.inputs import ParityInputs
-from exporter.parity.layerwise import DISTURBANCE
+from exporter.parity.layerwise import FLOAT32_ROUNDOFF
 from exporter.parity.metrics import ErrorSums
 from exporter.parity.reference import EagerLayer, LayerOutput
 from exporter.parity.schedule import Step
@@ -73,7 +73,7 @@ def _tail(output: LayerOutput, length: int) -> LayerOutput:
 
 def _disturbed(row: np.ndarray) -> np.ndarray:
     noise = np.random.default_rng(0).standard_normal(row.shape, np.float32)
-    return row * (1 + noise * np.float32(DISTURBANCE))
+    return row * (1 + noise * np.float32(FLOAT32_ROUNDOFF))
 
 
 def _less(errors: Sequence[float], flips: Sequence[float]) -> float:

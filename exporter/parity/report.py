@@ -1,7 +1,7 @@
 """What verification found, as data: the `verify` JSON of the contract plus the per-layer errors behind it."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from exporter.core.errors import ParityError
@@ -90,20 +90,18 @@ class StageResult:
 @dataclass(frozen=True)
 class Proof:
     """What stands behind a pass. None: not run; never counted as passed. `simulation`: whether the engine equals the
-    simulation of its quantization, slice by slice."""
+    simulation of its quantization, slice by slice; `stand_in`: whether its own graph was executed on this CPU, where
+    the engine itself could not be; `statement`: all of it in words."""
 
     graph_parity: bool | None
     built_by: str
     engine_run: bool | None
     simulation: bool | None = None
+    stand_in: bool | None = None
+    statement: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "graph_parity": self.graph_parity,
-            "built_by": self.built_by,
-            "engine_run": self.engine_run,
-            "simulation": self.simulation,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -120,11 +118,13 @@ class VerifyReport:
     first_divergence: Divergence | None = None
     positions: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+    is_checkpoint: bool = False
 
     @property
     def passed(self) -> bool:
-        """Every gate that ran passed, and an engine ran: what was not run never counts as passed."""
-        return self.proof.engine_run is True and self.nothing_failed
+        """Every gate that ran passed, and an engine ran: what was not run never counts as passed. Of a checkpoint:
+        what its files hold passed."""
+        return (self.proof.engine_run is True or self.is_checkpoint) and self.nothing_failed
 
     @property
     def nothing_failed(self) -> bool:
@@ -142,6 +142,8 @@ class VerifyReport:
         lines = [f"parity {self.verdict}: {self.recipe} on {self.target}"]
         if not_run := self.facts.get("engine_not_run"):
             lines.append(f"  THE ENGINE ITSELF WAS NOT RUN: {not_run}")
+        if self.proof.statement and self.proof.engine_run is None:
+            lines.append(f"  {self.proof.statement}")
         if self.unsimulated:
             lines.append("  held to eager alone: the checks against its simulated quantization were not run, which")
             lines.append("  need the file of quantization parameters (--qparams)")

@@ -29,14 +29,17 @@ from exporter.parity.scoring import (
     targets,
 )
 from exporter.parity.stages import StageResults, verify_stages
+from exporter.parity.stored import verify_stored
 from exporter.parity.weight_values import RecipeValues, WeightPrecisions
 from exporter.recipe_numbers import RecipeNumbers
-from targets.base import Limits, Runner, RunOptions, Target, built_by
+from targets.base import Limits, Runner, RunOptions, StoredModel, Target, built_by
 
 
 @dataclass(frozen=True)
 class EngineUnderTest:
-    """A built engine and what it was built from. `text`: a file to measure on instead of the built-in sample."""
+    """A built engine and what it was built from. `text`: a file to measure on instead of the built-in sample;
+    `built_by`: the toolchain in words, where its versions do not say enough; `stands_in`: the engine cannot run here,
+    and its own graph is executed on this CPU in its place."""
 
     target: Target
     directory: Path
@@ -46,12 +49,21 @@ class EngineUnderTest:
     text: Path | None = None
     threads: int = 0
     plan: ParityPlan | None = None
+    built_by: str = ""
+    stands_in: bool = False
 
     def open(self, batch: int, positions: int, hidden_states: bool) -> Runner:
-        """A runner on the engine with room for `positions` in each row."""
+        """A runner on the engine, or on what stands in for it, with room for `positions` in each row."""
         release_free_memory()  # what the eager layers left, or the runner before
         options = RunOptions(self.threads, batch, positions, hidden_states)
-        return self.target.runner(self.directory, self.checkpoint.config, self.limits, options)
+        found = self.target.stand_in if self.stands_in else self.target.runner
+        runner = found(self.directory, self.checkpoint.config, self.limits, options)
+        assert runner is not None
+        return runner
+
+    def stored_model(self) -> StoredModel | None:
+        """What its files hold, where it is a checkpoint."""
+        return self.target.stored_model(self.directory, self.checkpoint.config, self.recipe)
 
     def inputs(self) -> ParityInputs:
         text = read_text(self.text) if self.text else None
@@ -71,7 +83,8 @@ def verify_build(
     """Hold every stage's graphs to eager, then the engine. Raises ParityError, with the report, if a gate fails.
 
     `numbers` are those that the engine was built with. A failed stage ends the verification there. `not_run` says why
-    the engine cannot run here, if it cannot: its simulation is held to eager's limits instead, and the proof says so.
+    the engine cannot run here, if it cannot: what stands in for it, or else its simulation, is held to the limits
+    instead, and the proof says so.
     """
     inputs = engine.inputs()
     stages = verify_stages(
@@ -80,13 +93,16 @@ def verify_build(
     if not stages.passed or stages.reference is None:
         report = _report(engine, inputs, stages)
     else:
-        simulation = _simulation(engine, stages.reference.model, numbers)
-        if not_run:
-            simulated = _simulated(engine, stages.reference, simulation, inputs, _part(progress, 0.5, 1.0))
+        rest = _part(progress, 0.5, 1.0)
+        if not_run and not engine.target.has_stand_in:
+            simulation = _simulation(engine, stages.reference.model, numbers)
+            simulated = _simulated(engine, stages.reference, simulation, inputs, rest)
             report = _report(engine, inputs, replace(stages, stages=(*stages.stages, *simulated)), not_run=not_run)
         else:
-            result = _run(engine, stages.reference, simulation, inputs, _part(progress, 0.5, 1.0))
-            report = _report(engine, inputs, stages, result)
+            subject = replace(engine, stands_in=bool(not_run))
+            report = _report(
+                subject, inputs, stages, _shown(subject, stages.reference, numbers, inputs, rest), not_run=not_run
+            )
     report.require_passed(engine_run=not not_run)
     return report
 
@@ -102,13 +118,30 @@ def verify_artifact(
     """
     inputs = engine.inputs()
     reference = expect(EagerModel(engine.checkpoint), inputs, _part(progress, 0.0, 0.4))
-    simulation = _simulation(engine, reference.model, numbers) if numbers else _unsimulated(engine)
-    result = _run(engine, reference, simulation, inputs, _part(progress, 0.4, 0.9), seen)
-    if result.passed or not result.faithful or isinstance(simulation, Unsimulated):
+    result = _shown(engine, reference, numbers, inputs, _part(progress, 0.4, 0.9), seen)
+    if result.passed or not result.faithful or result.is_checkpoint or numbers is None:
         return _report(engine, inputs, None, result)
+    simulation = _simulation(engine, reference.model, numbers)
     # The recipe is to blame: where, takes another walk, so it is done only now.
     rounded = expect(simulation, inputs, _part(progress, 0.9, 1.0))
     return _report(engine, inputs, None, result, _recipe_errors(reference, rounded))
+
+
+def _shown(
+    engine: EngineUnderTest,
+    reference: Expectation,
+    numbers: RecipeNumbers | None,
+    inputs: ParityInputs,
+    advance: Advance,
+    seen: LogitSink | None = None,
+) -> EngineResult:
+    """What an artifact shows: the checkpoint that it is, or its engine at work."""
+    if (stored := engine.stored_model()) is not None:
+        return verify_stored(
+            stored, engine.target, engine.recipe, engine.checkpoint, numbers, reference, inputs, advance, seen
+        )
+    simulation = _simulation(engine, reference.model, numbers) if numbers else _unsimulated(engine)
+    return _run(engine, reference, simulation, inputs, advance, seen)
 
 
 def _simulation(engine: EngineUnderTest, reference: EagerModel, numbers: RecipeNumbers) -> EagerModel:
@@ -141,8 +174,10 @@ def _run(
     advance: Advance,
     seen: LogitSink | None = None,
 ) -> EngineResult:
-    recipe, rows = engine.recipe, engine.limits.max_batch
-    return verify_engine(engine.open, reference, simulation, inputs, recipe, rows, advance, seen)
+    rows, roundoff = engine.limits.max_batch, engine.target.roundoff(engine.recipe)
+    return verify_engine(
+        engine.open, reference, simulation, inputs, engine.recipe, rows, advance, seen, roundoff=roundoff
+    )
 
 
 def _simulated(
@@ -186,7 +221,6 @@ def _report(
     if result:
         shown = (*shown, result.stage)
     failed = next((stage for stage in shown if not stage.passed), None)
-    simulated = None if result is None or result.unsimulated else result.faithful
     checks = result.checks if result else (failed.checks if failed else shown[-1].checks)
     return VerifyReport(
         target=engine.target.name,
@@ -194,12 +228,29 @@ def _report(
         perplexity_reference=result.metrics.perplexity_reference if result else np.nan,
         perplexity_engine=result.metrics.perplexity if result else np.nan,
         checks=checks,
-        proof=Proof(stages.passed if stages else None, built_by(engine.target), True if result else None, simulated),
+        proof=_proof(engine, stages, result, not_run),
         stages=shown,
         first_divergence=_first(stages, result, recipe_errors),
         positions=result.metrics.positions if result else 0,
         facts=_facts(engine, inputs) | ({"engine_not_run": not_run} if not_run else {}),
+        is_checkpoint=result is not None and result.is_checkpoint,
     )
+
+
+def _proof(engine: EngineUnderTest, stages: StageResults | None, result: EngineResult | None, not_run: str) -> Proof:
+    builder = engine.built_by or built_by(engine.target)
+    simulated = None if result is None or result.unsimulated else result.faithful
+    graphs = stages.passed if stages else None
+    if result is not None and result.is_checkpoint:
+        words = f"{builder}; its files were read back, decoded and run by the eager model; no server has loaded it"
+        return Proof(graphs, builder, None, simulated, None, words)
+    if not_run:
+        instead = "its own graph was executed on this CPU instead" if result else "its simulation was checked instead"
+        words = f"built by {builder}; {instead}; the engine was not run: {not_run}"
+        return Proof(graphs, builder, None, simulated, True if result else None, words)
+    if result is None:
+        return Proof(graphs, builder, None, None, None, f"built by {builder}; not run: a stage before it failed")
+    return Proof(graphs, builder, True, simulated, None, f"built by {builder} and run here")
 
 
 def _first(

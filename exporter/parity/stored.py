@@ -1,0 +1,107 @@
+"""An artifact that is a checkpoint, read back: its numbers held to those it was written from, its model to eager."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from exporter.core.canonical import CheckpointWeight
+from exporter.core.checkpoint import Checkpoint
+from exporter.core.recipe import Precision, Recipe
+from exporter.core.weights import row_chunks
+from exporter.parity.engine import STAGE, EngineResult, LogitSink
+from exporter.parity.inputs import ParityInputs
+from exporter.parity.limits import STORED_AGAIN, STORED_FLOATS, eager_limits
+from exporter.parity.metrics import ErrorSums
+from exporter.parity.reference import EagerModel
+from exporter.parity.report import Check, Divergence, StageResult, eager_checks
+from exporter.parity.scoring import Advance, Expectation, columns, compare_logits, expect, scored_positions, targets
+from exporter.parity.weight_values import WeightPrecisions, as_float
+from exporter.recipe_numbers import RecipeNumbers
+from targets.base import StoredModel, Target
+
+SERVED = "not run: the server that loads the checkpoint has the cache"
+UNKNOWN = "not run: the file of quantization parameters is needed, give it with --qparams"
+LEFT_TO_SERVER = ("decode_vs_prefill", "ragged_batch_vs_single", "long_position")
+
+
+@dataclass(frozen=True)
+class StoredValues:
+    """The numbers of a stored model, decoded; `precisions` are those of the recipe."""
+
+    stored: StoredModel
+    precisions: WeightPrecisions
+
+    def read(self, part: str, name: str, start: int, stop: int) -> np.ndarray:
+        return self.stored.rows(name, start, stop)
+
+    def precision(self, part: str, name: str) -> Precision:
+        return self.precisions.get(part, name)
+
+
+def verify_stored(
+    stored: StoredModel,
+    target: Target,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    numbers: RecipeNumbers | None,
+    reference: Expectation,
+    inputs: ParityInputs,
+    advance: Advance,
+    seen: LogitSink | None = None,
+) -> EngineResult:
+    """Check the files against their format, their numbers against `numbers` (None: unknown), and the model that they
+    hold, its inputs and cache rounded as its server does it, against eager. Raises ArtifactError `stored.*`."""
+    stored.validate()
+    precisions = WeightPrecisions.from_recipe(recipe, stored.config)
+    tight = _held_to_numbers(stored, precisions, numbers)
+    model = EagerModel(
+        replace(checkpoint, config=stored.config),
+        StoredValues(stored, precisions),
+        activation_rounding=precisions.rounding(target.activation_rounding),
+        input_scales=stored.input_scales,
+        kv_cache=recipe.kv_cache,
+        kv_scales=stored.kv_scales,
+        chunk=inputs.plan.chunk,
+    )
+    found = expect(model, inputs, advance)
+    scored = scored_positions(inputs)
+    metrics = compare_logits(
+        columns(reference.model, reference.final), columns(model, found.final), targets(inputs, scored)
+    )
+    if seen is not None:
+        seen(inputs.main_positions, model.logits(found.final[: len(inputs.main_positions)]))
+    left = (Check(name, None, None, STAGE, SERVED) for name in LEFT_TO_SERVER)
+    checks = (*eager_checks(metrics, eager_limits(recipe), STAGE, classifies=inputs.classifies), *tight, *left)
+    worst = next((check for check in tight if not check.passed), None)
+    divergence = Divergence(STAGE, None, None, worst.value or np.inf, "weights", worst.note) if worst else None
+    stage = StageResult(STAGE, tight, divergence=divergence)
+    return EngineResult(checks, metrics, stage, unsimulated=numbers is None, is_checkpoint=True)
+
+
+def _held_to_numbers(
+    stored: StoredModel, precisions: WeightPrecisions, numbers: RecipeNumbers | None
+) -> tuple[Check, ...]:
+    """The largest relative L2 error of a tensor; apart for those that the form makes the writer round again."""
+    if numbers is None:
+        return (Check("stored_weights_error", None, None, STAGE, UNKNOWN),)
+    again: frozenset[str] = getattr(stored, "requantized", frozenset())
+    errors = dict(_tensor_errors(stored, precisions, numbers))
+    groups = (
+        ("stored_weights_error", STORED_FLOATS, {name: e for name, e in errors.items() if name not in again}),
+        ("requantized_weights_error", STORED_AGAIN, {name: e for name, e in errors.items() if name in again}),
+    )
+    worst = ((title, limit, max(found.items(), key=lambda item: item[1])) for title, limit, found in groups if found)
+    return tuple(Check(title, error, limit, STAGE, name) for title, limit, (name, error) in worst)
+
+
+def _tensor_errors(
+    stored: StoredModel, precisions: WeightPrecisions, numbers: RecipeNumbers
+) -> Iterator[tuple[str, float]]:
+    config = stored.config
+    for name, shape in config.tensor_shapes.items():
+        part = "layer" if name.startswith("model.layers.") else "embedding" if "embed" in name else "head"
+        weight, sums = CheckpointWeight((name,), precisions.get(part, name)), ErrorSums()
+        for start, stop in row_chunks(shape):
+            sums.add(as_float(numbers.rows(weight, start, stop)), stored.rows(name, start, stop))
+        yield name, sums.value
