@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from targets.onnxruntime.engine_graph import MICROSOFT
-from targets.onnxruntime.lowering import SliceLowering, constant_integers
+from targets.onnxruntime.lowering import SliceLowering
+from targets.slice_weights import constant_integers
 
 HEADS_FIRST = (0, 2, 1, 3)
 

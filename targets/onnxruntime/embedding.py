@@ -6,9 +6,10 @@ import onnx_ir as ir
 from exporter.core.canonical import CheckpointWeight
 from exporter.core.number_formats import decode_table
 from targets.onnxruntime.engine_graph import MICROSOFT
-from targets.onnxruntime.lowering import Matrix, SliceLowering
+from targets.onnxruntime.lowering import SliceLowering
 from targets.onnxruntime.matmul import parameters
 from targets.onnxruntime.weight_file import QuantizedMatrix
+from targets.slice_weights import Matrix
 
 FLOAT, INT32, UINT8 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.UINT8
 # GatherBlockQuantized: the whole of a row is one block.

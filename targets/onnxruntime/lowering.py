@@ -4,29 +4,12 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
-from exporter.core.canonical import CheckpointWeight, RotaryTable, ScaleValue, Slice, Weight
+from exporter.core.canonical import CheckpointWeight, RotaryTable, ScaleValue, Slice
 from exporter.core.errors import UnsupportedError
-from exporter.core.rounded_input import RoundedInput, match_rounded_input
-from exporter.core.table_weight import TABLES, TableWeight, match_table_weight
 from targets.onnxruntime.engine_graph import EngineGraph
 from targets.onnxruntime.even_rows import EvenRows
 from targets.onnxruntime.weight_file import WeightFile
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A weight that no operator has used yet: where it comes from and whether a Transpose stood behind it.
-
-    `part` is set for the codes, scales and zero points of a coded weight until they are joined; `cast` says that a
-    half-precision weight still awaits its Cast to float; `rows` (first, behind last) chooses some.
-    """
-
-    name: str
-    weight: Weight
-    part: str = ""
-    cast: bool = False
-    transposed: bool = False
-    rows: tuple[int, int] | None = None
+from targets.slice_weights import Matrix, Rounded, SliceWeights
 
 
 @dataclass(frozen=True)
@@ -36,13 +19,6 @@ class Sum:
     left: ir.Value
     right: ir.Value
     name: str
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A rounded input of a matrix, whose nodes are written only for a product that does not round by itself."""
-
-    group: RoundedInput
 
 
 Lowered = ir.Value | Matrix | Sum | Rounded
@@ -64,11 +40,9 @@ class SliceLowering:
     taken: set[ir.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        for value in self.slice.structure.graph.inputs:
-            if (matrix := self._weight_input(str(value.name))) is not None:
-                self.values[value] = matrix
-        for node in self.slice.structure.graph:
-            self._find_group(node)
+        found = SliceWeights(self.slice, self.prefix, self.refuse)
+        self.values.update(found.values)
+        self.taken.update(found.taken)
 
     def bind(self, feeds: dict[str, Lowered]) -> None:
         """Say what the slice's activations are in the engine."""
@@ -129,47 +103,8 @@ class SliceLowering:
             "this is a fault of the canonical model, not of the checkpoint: please report it",
         )
 
-    def _find_group(self, node: ir.Node) -> None:
-        """Take together the nodes that end in this one and round an input or restore a weight from a table."""
-        value = node.outputs[0]
-        if (rounding := match_rounded_input(value)) is not None:
-            self.taken.update(rounding.nodes)
-            self.values[value] = Rounded(rounding)
-        elif (table := match_table_weight(value)) is not None:
-            self.taken.update(table.nodes)
-            self.values[value] = self._table_weight(table)
-
-    def _table_weight(self, found: TableWeight) -> Matrix:
-        codes, scales = (self.values.get(value) for value in (found.codes, found.scales))
-        if not isinstance(codes, Matrix) or not isinstance(scales, Matrix) or codes.name != scales.name:
-            raise self.refuse(f"codes {found.codes.name} are multiplied by scales {found.scales.name}")
-        precision = getattr(codes.weight, "precision", None)
-        stored = precision and (TABLES.get(precision.kind), precision.group_size)
-        if (codes.part, scales.part) != ("codes", "scales") or stored != (found.table, found.group):
-            looked_up = f"{found.table} in groups of {found.group}"
-            raise self.refuse(f"{codes.name} is looked up in {looked_up}, stored as {precision}")
-        return Matrix(codes.name, codes.weight)
-
     def _constant(self, tensor: ir.TensorProtocol) -> ir.Value:
         numbers = tensor.numpy().reshape(-1)
         if tensor.dtype == ir.DataType.FLOAT:
             return self.graph.float_constant(float(number) for number in numbers)
         return self.graph.constant([int(number) for number in numbers])
-
-    def _weight_input(self, name: str) -> Matrix | None:
-        weights = self.slice.weights
-        base, _, part = name.rpartition(".")
-        if name in weights:
-            weight = weights[name]
-            cast = isinstance(weight, CheckpointWeight) and weight.precision.kind in ("bf16", "fp16")
-            return Matrix(self.prefix + name, weight, cast=cast)
-        if base in weights and part in ("codes", "scales", "zero_points"):
-            return Matrix(self.prefix + base, weights[base], part=part)
-        return None
-
-
-def constant_integers(value: ir.Value | None) -> tuple[int, ...]:
-    """The integers of a small constant; empty for anything else."""
-    if value is None or value.const_value is None:
-        return ()
-    return tuple(int(v) for v in value.const_value.numpy().reshape(-1))

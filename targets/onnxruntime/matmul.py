@@ -8,10 +8,11 @@ from exporter.core.canonical import CheckpointWeight
 from exporter.core.recipe import Precision
 from targets.onnxruntime.engine_graph import MICROSOFT
 from targets.onnxruntime.even_rows import needs_even_rows
-from targets.onnxruntime.lowering import Matrix, SliceLowering
+from targets.onnxruntime.lowering import SliceLowering
 from targets.onnxruntime.steady_sums import steady_product
 from targets.onnxruntime.stored_rows import in_blocks
 from targets.onnxruntime.weight_file import QuantizedMatrix
+from targets.slice_weights import Matrix
 
 # Activations are quantized to int8 block by block, so that the VNNI kernels run (MatMulNBits, accuracy_level).
 INT8_ACTIVATIONS = 4

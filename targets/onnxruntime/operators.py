@@ -9,10 +9,18 @@ import onnx_ir as ir
 from exporter.core.canonical import CheckpointWeight
 from targets.onnxruntime import embedding, matmul
 from targets.onnxruntime.engine_graph import MICROSOFT
-from targets.onnxruntime.lowering import Matrix, Rounded, SliceLowering, Sum, constant_integers
+from targets.onnxruntime.lowering import SliceLowering, Sum
 from targets.onnxruntime.stored_rows import in_blocks
-
-FLOAT = int(ir.DataType.FLOAT)
+from targets.slice_weights import (
+    Matrix,
+    Rounded,
+    bias_add,
+    constant_integers,
+    dequantized,
+    matrix_of,
+    transposed,
+    widened,
+)
 
 
 def lower_node(low: SliceLowering, node: ir.Node) -> None:
@@ -26,43 +34,23 @@ def lower_node(low: SliceLowering, node: ir.Node) -> None:
 
 
 def _matrix(low: SliceLowering, value: ir.Value | None) -> Matrix | None:
-    lowered = None if value is None else low.values.get(value)
-    return lowered if isinstance(lowered, Matrix) else None
+    return matrix_of(low.values, value)
 
 
 def _dequantize(low: SliceLowering, node: ir.Node) -> None:
-    """codes, scales (and zero points) of one weight become that weight again; a row of fp8 is one block."""
-    parts = [_matrix(low, value) for value in node.inputs]
-    names = ["codes", "scales", "zero_points"][: len(parts)]
-    if any(part is None or part.part != name for part, name in zip(parts, names, strict=True)):
-        raise low.refuse(f"DequantizeLinear of {[v.name if v else None for v in node.inputs]}")
-    first = parts[0]
-    assert first is not None
-    precision = getattr(first.weight, "precision", None)
-    found = (node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0), len(parts) == 2)
-    if precision is None or found != (1, precision.group_of(low.width(first)), precision.symmetric):
-        raise low.refuse(f"{first.name} is dequantized with axis, block size, symmetry {found}, stored as {precision}")
-    if any(part.name != first.name for part in parts if part):
-        raise low.refuse(f"{first.name} is dequantized with scales of another weight")
-    low.values[node.outputs[0]] = Matrix(first.name, first.weight)
+    low.values[node.outputs[0]] = dequantized(low.values, node, low.width, low.refuse)
 
 
 def _cast(low: SliceLowering, node: ir.Node) -> None:
-    matrix = _matrix(low, node.inputs[0])
-    if matrix is None or not matrix.cast or node.attributes.get_int("to", 0) != FLOAT:
-        raise low.refuse("Cast of something else than a half-precision weight to float")
-    low.values[node.outputs[0]] = Matrix(matrix.name, matrix.weight)
+    low.values[node.outputs[0]] = widened(low.values, node, low.refuse)
 
 
 def _transpose(low: SliceLowering, node: ir.Node) -> None:
     matrix = _matrix(low, node.inputs[0])
-    perm = tuple(node.attributes.get_ints("perm", ()))
     if matrix is None:
         _copy(low, node)
-    elif perm != (1, 0) or matrix.transposed or matrix.part or matrix.cast:
-        raise low.refuse(f"Transpose {perm} of weight {matrix.name}")
     else:
-        low.values[node.outputs[0]] = Matrix(matrix.name, matrix.weight, transposed=True)
+        low.values[node.outputs[0]] = transposed(matrix, node, low.refuse)
 
 
 def _matmul(low: SliceLowering, node: ir.Node) -> None:
@@ -72,9 +60,9 @@ def _matmul(low: SliceLowering, node: ir.Node) -> None:
     matrix = _matrix(low, weight)
     if matrix is None or x is None:
         raise low.refuse("MatMul of two activations")
-    add, value, bias = _bias_add(low, node), node.outputs[0], None
-    if add is not None:
-        bias = next(_matrix(low, other) for other in add.inputs if other is not value)
+    value, bias = node.outputs[0], None
+    if (found := bias_add(low.values, node)) is not None:
+        add, bias = found
         value = add.outputs[0]
         low.taken.add(add)
     split = _following_split(low, value)
@@ -120,14 +108,6 @@ def _row_parts(low: SliceLowering, matrix: Matrix, split: ir.Node) -> tuple[list
         # model.layers.N.mlp.gate_proj.weight
         names = [low.prefix + source.split(".", 3)[3].removesuffix(".weight") for source in matrix.weight.sources]
     return names, list(zip([0, *ends], ends, strict=False))
-
-
-def _bias_add(low: SliceLowering, node: ir.Node) -> ir.Node | None:
-    users = list(node.outputs[0].consumers())
-    if len(users) != 1 or users[0].op_type != "Add" or node.outputs[0].is_graph_output():
-        return None
-    is_bias = [_matrix(low, value) is not None for value in users[0].inputs]
-    return users[0] if any(is_bias) else None
 
 
 def _add(low: SliceLowering, node: ir.Node) -> None:

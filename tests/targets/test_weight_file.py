@@ -14,8 +14,9 @@ from exporter.core.checkpoint import Checkpoint
 from exporter.core.errors import InputError
 from exporter.core.recipe import Precision
 from exporter.core.weights import QuantizedRows
-from targets.onnxruntime import weight_file
-from targets.onnxruntime.weight_file import QuantizedMatrix, Region, WeightFile
+from targets import external_data
+from targets.external_data import Region
+from targets.onnxruntime.weight_file import QuantizedMatrix, WeightFile
 from tests.targets.engines import RECIPES, build, build_source
 
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -69,7 +70,7 @@ def region(path: Path, part: Region) -> np.ndarray:
     ("kind", "symmetric"), [("int4", True), ("int4", False), ("int6", True), ("int8", True), ("int8", False)]
 )
 def test_integers_lie_as_matmul_nbits_reads_them(checkpoint, tmp_path, monkeypatch, kind, symmetric, group):
-    monkeypatch.setattr(weight_file, "row_chunks", lambda shape: [(0, 7), (7, 50), (50, 64)])
+    monkeypatch.setattr(external_data, "row_chunks", lambda shape: [(0, 7), (7, 50), (50, 64)])
     precision, reader = Precision(kind, group, symmetric), Codes()
     weight = CheckpointWeight((NAME,), precision)
     with WeightFile(tmp_path / "data", checkpoint, reader) as file:
