@@ -1,0 +1,10 @@
+"""The files of a TensorRT engine, written out once."""
+
+MODEL = "model.onnx"
+"""The strongly typed graph that the engine was built from."""
+DATA = "model.onnx.data"
+"""The graph's weights."""
+PLAN = "engine.plan"
+"""The serialized engine."""
+INDEX = "engine.json"
+"""What the engine is: targets.tensorrt.engine_index."""
