@@ -3,8 +3,9 @@
 Symmetric codes of 4 and 6 bits reach one farther below zero than above, so calibration.rtn gives a group the sign that
 maps its largest weight to that code (-8). modelopt refuses scales that are not positive, and TensorRT documents none.
 Negating codes and scale keeps every value but that of the lowest code, whose negative does not exist (8): it becomes
-the next (7), and the scale of its group is fitted to the values once more. On groups of 128 Gaussian weights that adds
-about a tenth to the squared error, and nothing where a scale was positive.
+the next (7), and the scale of its group is fitted to the values once more. Of Gaussian and t-distributed weights in
+groups of 32, 64 and 128 that adds 13 to 18 % to the squared error; a search among positive scales alone would add 9 to
+13 %, plain scales (amax / 7) 37 to 49 %. Where a scale was positive nothing changes.
 """
 
 from dataclasses import replace

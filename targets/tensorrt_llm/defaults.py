@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from exporter.core.config import ModelConfig
-from exporter.core.engine_options import EngineOptions
+from exporter.core.engine_options import PLAIN, EngineOptions
 from exporter.core.recipe import CHANNEL, Precision, Recipe
 from targets.tensorrt_llm.formats import COMPRESSED, LEGACY, float_kind, form_of
 
@@ -11,7 +11,9 @@ GROUPS = (128, 64)
 W4A8_GROUP = 128
 
 
-def completed(recipe: Recipe, unnamed: frozenset[str], config: ModelConfig, engine: EngineOptions) -> Recipe:
+def completed(
+    recipe: Recipe, unnamed: frozenset[str], config: ModelConfig | None = None, engine: EngineOptions = PLAIN
+) -> Recipe:
     """The recipe with a choice for each of `lm_head`, `embedding`, `kv_cache`, `linear` and `group_size` that is in
     `unnamed`.
 
@@ -44,13 +46,13 @@ def _linear(recipe: Recipe, form: str, free_group: bool) -> Precision:
     return linear
 
 
-def _regrouped(recipe: Recipe, config: ModelConfig, form: str) -> Recipe:
+def _regrouped(recipe: Recipe, config: ModelConfig | None, form: str) -> Recipe:
     """int4 in groups of 128, or of 64 where those do not divide every width."""
     if recipe.linear.kind != "int4" or (recipe.linear.group_size or 0) <= 0:
         return recipe
     if recipe.linear.activations:
         return replace(recipe, linear=replace(recipe.linear, group_size=W4A8_GROUP))
-    widths = {width for _, width in config.linear_shapes.values()}
+    widths = {width for _, width in config.linear_shapes.values()} if config else set()
     groups = (*GROUPS, 32) if form == COMPRESSED else GROUPS
     fitting = (group for group in groups if all(width % group == 0 for width in widths))
     return replace(recipe, linear=replace(recipe.linear, group_size=next(fitting, GROUPS[0])))

@@ -23,17 +23,19 @@ def form_of(engine: EngineOptions) -> str:
     return engine.format or HF
 
 
-def checkpoint_kind(config: ModelConfig) -> str:
-    """The float type of the checkpoint as a kind of precision; bf16 for float32 and unnamed ones.
+def checkpoint_kind(config: ModelConfig | None) -> str:
+    """The float type of the checkpoint as a kind of precision; bf16 for float32, unnamed and unknown ones.
 
     Servers compute in 16 bits. bf16 has the range of float32, so that no weight overflows, and is what vLLM and
     TensorRT-LLM take for such checkpoints themselves.
     """
+    if config is None:
+        return "bf16"
     named = str(config.raw.get("dtype") or config.raw.get("torch_dtype") or "").removeprefix("torch.")
     return TORCH_TYPES.get(named, "bf16")
 
 
-def float_kind(config: ModelConfig, recipe: Recipe) -> str:
+def float_kind(config: ModelConfig | None, recipe: Recipe) -> str:
     """The float type of all that is not quantized: the recipe's where its layers are floats, else the checkpoint's."""
     return recipe.linear.kind if recipe.linear.kind in FLOAT_TYPES else checkpoint_kind(config)
 

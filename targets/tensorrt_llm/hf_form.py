@@ -1,6 +1,7 @@
 """Writing the quantized Hugging Face checkpoint of ModelOpt, which TensorRT-LLM, vLLM and SGLang load."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from targets.tensorrt_llm.hf_tensors import (
     kv_scale_of,
 )
 from targets.tensorrt_llm.nvfp4_scales import common_scale, matrix_scale
-from targets.tensorrt_llm.piece import Piece, float_piece, input_scale
+from targets.tensorrt_llm.piece import Encoder, Piece, float_piece, input_scale
+from targets.tensorrt_llm.served_rows import served_rows
 from targets.tensorrt_llm.streamed_files import SHARD_BYTES, Report, write_pieces
 from targets.tensorrt_llm.written import Written
 
@@ -37,7 +39,7 @@ def write_hf(source: BuildSource, out_dir: Path, progress: Report, shard_bytes: 
     config = source.checkpoint.config
     kind = float_kind(config, source.recipe)
     pieces = list(HfPieces(source, kind))
-    files, size = write_pieces(out_dir, pieces, source.rows, progress, shard_bytes)
+    files, size = write_pieces(out_dir, pieces, served_rows(source.rows, HF, kind), progress, shard_bytes)
     found = quant_config(source)
     files += write_configs(out_dir, source.checkpoint.path, config, kind, found)
     return Written(files, size, report(source, kind, found))
@@ -87,23 +89,22 @@ class HfPieces:
 
     def __iter__(self) -> Iterator[Piece]:
         for name, shape in self.source.checkpoint.config.tensor_shapes.items():
-            module = name.removesuffix(".weight")
-            if module not in self.coded:
-                yield float_piece(name, shape, self.kind)
-            else:
-                yield self._coded(name, module, (shape[0], shape[1]))
+            yield self._with_cache(self._piece(name, shape))
 
-    def _coded(self, name: str, module: str, shape: tuple[int, int]) -> Piece:
+    def _piece(self, name: str, shape: tuple[int, ...]) -> Piece:
+        module = name.removesuffix(".weight")
+        if module not in self.coded:
+            return float_piece(name, shape, self.kind)
         precision = self.coded[module]
-        encoder = self._encoder(module, shape, precision)
-        scales = self.source.kv_scales if self.source.recipe.kv_cache == "fp8" else None
-        if (found := kv_scale_of(module, scales or {})) is not None:
-            return Piece(name, shape, precision, KvScaleEncoder(encoder, *found))
-        return Piece(name, shape, precision, encoder)
+        return Piece(name, shape, precision, self._encoder(module, (shape[0], shape[1]), precision))
 
-    def _encoder(
-        self, module: str, shape: tuple[int, int], precision: Precision
-    ) -> "Fp8Encoder | Fp8ChannelEncoder | Int4Encoder | Nvfp4Encoder":
+    def _with_cache(self, piece: Piece) -> Piece:
+        """The scale of keys, or of values, comes with the matrix that computes them."""
+        scales = self.source.kv_scales if self.source.recipe.kv_cache == "fp8" else None
+        found = kv_scale_of(piece.name.removesuffix(".weight"), scales or {})
+        return piece if found is None else replace(piece, encoder=KvScaleEncoder(piece.encoder, *found))
+
+    def _encoder(self, module: str, shape: tuple[int, int], precision: Precision) -> Encoder:
         algorithm, scales = hf_algorithm(precision), self.source.input_scales
         group = precision.group_of(shape[1])
         if algorithm == "FP8":
@@ -113,19 +114,19 @@ class HfPieces:
         if algorithm == "W4A16_AWQ":
             return Int4Encoder(module, shape, group, self.kind)
         if algorithm == "W4A8_AWQ":
-            amax = self._amax.setdefault(_siblings(module)[0], SharedAmax())
+            amax = self._amax.setdefault(siblings(module)[0], SharedAmax())
             return Int4Fp8Encoder(module, shape, group, self.kind, input_scale(scales, module), amax)
         assert algorithm == "NVFP4"
         return Nvfp4Encoder(module, shape, input_scale(scales, module), self._matrix_scale(module))
 
     def _matrix_scale(self, module: str) -> np.float32:
-        siblings = _siblings(module)
-        if siblings[0] not in self._matrix_scales:
-            self._matrix_scales[siblings[0]] = shared_matrix_scale(self.source, siblings)
-        return self._matrix_scales[siblings[0]]
+        together = siblings(module)
+        if together[0] not in self._matrix_scales:
+            self._matrix_scales[together[0]] = shared_matrix_scale(self.source, together)
+        return self._matrix_scales[together[0]]
 
 
-def _siblings(module: str) -> tuple[str, ...]:
+def siblings(module: str) -> tuple[str, ...]:
     """All matrices with the same input, in order."""
     names = sharing_scale(f"{module}.weight", Precision("nvfp4", 16))
     return tuple(name.removesuffix(".weight") for name in names)

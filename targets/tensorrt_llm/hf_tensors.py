@@ -10,7 +10,8 @@
 
 and X.pre_quant_scale [K], ones, for o_proj and down_proj of both AWQ algorithms: TensorRT-LLM reads it there in any
 case (tensorrt_llm/_torch/modules/linear.py, `load_weights_vanilla` of W4A16_AWQ_LinearMethod and
-W4A8_AWQ_LinearMethod); the scales that AWQ found are in the weights already. Keys: self_attn.k_proj.k_scale F32 [], self_attn.v_proj.v_scale.
+W4A8_AWQ_LinearMethod); the scales that AWQ found are in the weights already. Caches in FP8:
+self_attn.k_proj.k_scale F32 [], self_attn.v_proj.v_scale.
 """
 
 from collections.abc import Mapping
@@ -18,14 +19,13 @@ from threading import Lock
 
 import numpy as np
 
-from calibration.positive_scales import positive_scales
 from exporter.core.errors import UnsupportedError
 from exporter.core.number_formats import E4M3_MAX
 from exporter.core.weights import QuantizedRows
 from targets.tensorrt_llm.formats import FLOAT_TYPES
 from targets.tensorrt_llm.nvfp4_scales import block_codes
 from targets.tensorrt_llm.packing import pack_columns, pack_row_pairs
-from targets.tensorrt_llm.piece import Arrays, scalar
+from targets.tensorrt_llm.piece import Arrays, Encoder, scalar
 from targets.tensorrt_llm.tensor_file import DTYPES, TensorSpec
 
 UNFOLDED = ("o_proj", "down_proj")
@@ -94,7 +94,6 @@ class Int4Encoder:
 
     def encode(self, rows: "np.ndarray | QuantizedRows") -> Arrays:
         assert isinstance(rows, QuantizedRows)
-        rows = positive_scales(rows)
         return {f"{self.module}.weight": pack_row_pairs(rows.codes), f"{self.module}.weight_scale": rows.scales}
 
     def constants(self) -> Arrays:
@@ -134,7 +133,6 @@ class Int4Fp8Encoder(Int4Encoder):
 
     def encode(self, rows: "np.ndarray | QuantizedRows") -> Arrays:
         assert isinstance(rows, QuantizedRows)
-        rows = positive_scales(rows)
         groups = rows.codes.reshape(*rows.scales.shape, -1)
         largest = np.maximum(groups.max(axis=2), -groups.min(axis=2).astype(np.int16))
         self._amax.take(largest.astype(np.float32) * rows.scales)
@@ -191,7 +189,7 @@ def factored(scales: np.ndarray, matrix: np.float32, module: str) -> np.ndarray:
 class KvScaleEncoder:
     """Adds the scale of keys or values to the matrix that computes them."""
 
-    def __init__(self, inner: "Fp8Encoder | Fp8ChannelEncoder | Int4Encoder | Nvfp4Encoder", name: str, scale: float):
+    def __init__(self, inner: Encoder, name: str, scale: float) -> None:
         self._inner, self._scale = inner, {name: scalar(scale)}
         self.specs = (*inner.specs, TensorSpec(name, "F32", ()))
 
