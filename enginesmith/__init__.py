@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from exporter.options import BuildOptions
     from exporter.parity.report import VerifyReport
     from exporter.pipeline import BuildOutcome
+    from exporter.runtime.classify import Classification
     from exporter.runtime.engine import Engine, load
     from exporter.runtime.sampling import Sampling
     from exporter.version import VERSION as __version__
@@ -56,6 +57,7 @@ _HOMES = {
     "BuildOptions": "exporter.options",
     "VerifyReport": "exporter.parity.report",
     "BuildOutcome": "exporter.pipeline",
+    "Classification": "exporter.runtime.classify",
     "Engine": "exporter.runtime.engine",
     "load": "exporter.runtime.engine",
     "Sampling": "exporter.runtime.sampling",
@@ -69,7 +71,9 @@ __all__ = [
     "BuildOptions",
     "BuildOutcome",
     "CalibrationRequest",
+    "Classification",
     "Engine",
+    "EngineOptions",
     "EngineSmithError",
     "InputError",
     "ParityError",

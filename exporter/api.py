@@ -144,7 +144,7 @@ def bench(
     engine: AnyPath,
     *,
     prompt_tokens: int = 128,
-    new_tokens: int = 64,
+    new_tokens: int | None = None,
     batch: int = 1,
     context: int = 0,
     threads: int = 0,

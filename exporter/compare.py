@@ -1,12 +1,13 @@
 """Engines of one checkpoint beside each other: size, quality against the eager model and each other, speed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from exporter.artifact.load import Artifact, open_artifact
+from exporter.core.errors import InputError
 from exporter.core.progress import NoProgress
 from exporter.runtime.bench import bench_to_fit
 from exporter.verification import verify_engine_directory
@@ -59,31 +60,44 @@ class Comparison:
 def compare_engines(engines: Sequence[Path], against: Path, text: Path | None = None, threads: int = 0) -> Comparison:
     """Measure each engine. One that misses its gate is listed with `passed` false.
 
-    Raises what `verify` raises for a damaged artifact or another checkpoint's engine.
+    Raises what `verify` raises for a damaged artifact or another checkpoint's engine, and InputError for engines of
+    different tasks: their logits have nothing in common.
     """
     from exporter.parity.between_engines import KeptLogits, divergences
 
+    opened = [(str(engine), open_artifact(engine)) for engine in engines]
+    _check_tasks(dict(opened))
     with TemporaryDirectory(prefix="enginesmith-compare-") as folder:
         kept = [KeptLogits(Path(folder, f"{index}.npy")) for index in range(len(engines))]
-        rows = tuple(_row(engine, against, text, threads, into) for engine, into in zip(engines, kept, strict=True))
+        rows = tuple(_row(*one, against, text, threads, into) for one, into in zip(opened, kept, strict=True))
         names = [row["engine"] for row in rows]
         return Comparison(rows, tuple(divergences(dict(zip(names, kept, strict=True)))))
 
 
-def _row(engine: Path, against: Path, text: Path | None, threads: int, kept: "KeptLogits") -> dict[str, Any]:
-    artifact = open_artifact(engine)
+def _check_tasks(engines: Mapping[str, Artifact]) -> None:
+    tasks = {name: artifact.manifest.task for name, artifact in engines.items()}
+    if len(set(tasks.values())) > 1:
+        found = "; ".join(f"{name}: {task.describe()}" for name, task in tasks.items())
+        raise InputError("compare.task", f"the engines have different tasks: {found}", "compare engines of one task")
+
+
+def _row(
+    engine: str, artifact: Artifact, against: Path, text: Path | None, threads: int, kept: "KeptLogits"
+) -> dict[str, Any]:
     found = verify_engine_directory(artifact, against, text, threads, NoProgress(), seen=kept.keep)
     report = found.to_json()
     values = {check["name"]: check["value"] for check in report["checks"]}
     names = ("kl_divergence_mean", "kl_divergence_max", "top1_agreement", "perplexity_ratio", "relative_l2_error")
     return {
-        "engine": str(engine),
+        "engine": engine,
         **_facts(artifact),
         "passed": report["passed"],
         "held_to_simulation": report["proof"]["simulation"],
         "perplexity_reference": report["perplexity_reference"],
         "perplexity_engine": report["perplexity_engine"],
         **{name: values.get(name) for name in names},
+        # Of a classifier: how often both name the same label.
+        "top1_agreement": values.get("label_agreement", values.get("top1_agreement")),
         **_speed(artifact, threads),
     }
 
@@ -98,7 +112,7 @@ def _facts(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _speed(artifact: Artifact, threads: int) -> dict[str, float]:
+def _speed(artifact: Artifact, threads: int) -> dict[str, float | None]:
     speed = bench_to_fit(artifact, threads)
     return {name: speed[name] for name in ("prefill_tokens_per_s", "decode_tokens_per_s")}
 

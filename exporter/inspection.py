@@ -43,6 +43,7 @@ class Inspection:
             f"limits     {manifest.limits.max_batch} rows of {manifest.limits.max_seq_len} positions",
             f"size       {self.engine_bytes / 1e6:,.1f} MB in {len(manifest.files)} files",
             f"source     {manifest.source_digest}",
+            *([f"task       {manifest.task.describe()}"] if manifest.task.classifies else []),
             *([f"calibrated {manifest.calibration.describe()}"] if manifest.calibration else []),
             f"parity     engine {state}; built by {proof.get('built_by')}",
             f"digest     {self.digest}",

@@ -1,6 +1,5 @@
 """The commands on finished engines: verify, inspect, run, bench, compare."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -79,39 +78,31 @@ def run(
     chat: Annotated[
         bool, typer.Option("--chat", help="Use the chat template; without --prompt: a conversation.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most; default 128.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", min=0.0, help="0, the default: greedy.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling; default 1.0.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the sampling; default 0.")] = None,
     threads: Threads = 0,
     expect_digest: Digest = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Generate text with an engine."""
+    """Generate text with an engine, or tell the label of a prompt with a classifier."""
+    from exporter.cli.answers import Answering, Question, classify_answer, generate_answer
     from exporter.runtime.engine import load
-    from exporter.runtime.sampling import Sampling
 
     output: Output = context.obj
-    ids = _parse_ids(prompt_ids) if prompt_ids is not None else None
-    if (prompt is None) == (ids is None) and not (chat and ids is None):
-        raise InputError("usage.prompt", "give one of --prompt, --prompt-ids or --chat", "see `enginesmith run --help`")
-    if chat and (ids is not None or (prompt is None and output.json)):
-        raise InputError("usage.chat", "--chat takes --prompt, or a terminal without --json", "give --prompt TEXT")
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    question = Question(prompt, _parse_ids(prompt_ids) if prompt_ids is not None else None, chat)
+    question.check(output)
+    answering = Answering(max_new_tokens, temperature, top_p, seed)
+    answering.check()
     with load(engine, threads=threads, expect_digest=expect_digest) as loaded:
-        if chat and prompt is None:
-            _converse(loaded, output, max_new_tokens, sampling)
-            return
-        if chat:
-            assert prompt is not None
-            messages = [{"role": "user", "content": prompt}]
-            answer = loaded.chat(messages, max_new_tokens=max_new_tokens, sampling=sampling, on_text=output.stream)
-        else:
-            given = ids if ids is not None else prompt
-            assert given is not None
-            answer = loaded.generate(given, max_new_tokens=max_new_tokens, sampling=sampling, on_text=output.stream)
-        output.result(answer.to_json(), "")
+        answer = classify_answer if loaded.manifest.task.classifies else generate_answer
+        answer(loaded, question, answering, output)
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -121,34 +112,19 @@ def _parse_ids(text: str) -> list[int]:
         raise InputError("usage.prompt_ids", f"{text!r} is not a list of token ids", "write 1,2,3") from None
 
 
-def _converse(loaded: "object", output: Output, max_new_tokens: int, sampling: "object") -> None:
-    """One chat on standard input: a line a turn, until the end of input."""
-    from exporter.runtime.engine import Engine as Loaded
-    from exporter.runtime.sampling import Sampling
-
-    assert isinstance(loaded, Loaded) and isinstance(sampling, Sampling)
-    messages: list[dict[str, str]] = []
-    print("Type a message; end with Ctrl-D.", file=sys.stderr)
-    for line in sys.stdin:
-        messages.append({"role": "user", "content": line.rstrip("\n")})
-        answer = loaded.chat(messages, max_new_tokens=max_new_tokens, sampling=sampling, on_text=output.stream)
-        output.stream("\n")
-        messages.append({"role": "assistant", "content": answer.text})
-
-
 @app.command()
 def bench(
     context: typer.Context,
     engine: Engine,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to decode.")] = 64,
+    new_tokens: Annotated[int | None, typer.Option("--new-tokens", min=1, help="Tokens to decode; default 64.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows in the batch.")] = 1,
     context_tokens: Annotated[int, typer.Option("--context", min=0, help="Decode after this many tokens.")] = 0,
     threads: Threads = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure prefill and decode speed, load time and memory."""
+    """Measure prefill and decode speed, load time and memory; of a classifier, how long a call takes."""
     from exporter import api
 
     measured = api.bench(
@@ -165,6 +141,8 @@ def bench(
 
 
 def _short(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {part:.4g}" for name, part in value.items())
     return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 

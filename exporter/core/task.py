@@ -28,5 +28,10 @@ class Task:
     def classifies(self) -> bool:
         return self.kind == CLASSIFY_KIND
 
+    def describe(self) -> str:
+        """For people: `classify safe (token 4345), unsafe (token 9187)`."""
+        labels = (f"{label} (token {token})" for label, token in zip(self.labels, self.token_ids, strict=True))
+        return f"{self.kind} {', '.join(labels)}".strip()
+
 
 GENERATE = Task()

@@ -138,9 +138,14 @@ def _engine(row: Row) -> tuple[str, ...]:
         percent(row["top1_agreement"]),
         number(row["perplexity_engine"]),
         number(row["perplexity_ratio"]),
-        *(f"{row[name]:,.1f}" for name in ("prefill_tokens_per_s", "decode_tokens_per_s")),
+        *(_rate(row[name]) for name in ("prefill_tokens_per_s", "decode_tokens_per_s")),
         _verdict(row),
     )
+
+
+def _rate(value: float | None) -> str:
+    """Empty for a classifier's decoding."""
+    return "" if value is None else f"{value:,.1f}"
 
 
 def _verdict(row: Row) -> str:

@@ -1,4 +1,5 @@
-"""A loaded engine: `load` it, `generate`, `chat`, leave the `with` block. Neither torch nor transformers is used."""
+"""A loaded engine: `load` it, `generate`, `chat` or `classify`, leave the `with` block. Neither torch nor transformers
+is used."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from exporter.artifact.load import Artifact, open_artifact
 from exporter.artifact.manifest import Manifest
 from exporter.core.errors import InputError, UnsupportedError
 from exporter.core.machine import physical_cores
+from exporter.core.task import Task
 from exporter.core.threads import check_threads
 from exporter.runtime.chat import ChatTemplate
+from exporter.runtime.classify import Classification, classify_batch
 from exporter.runtime.generate import Generation, generate_batch
 from exporter.runtime.sampling import Sampling
 from exporter.runtime.tokenizer import Tokenizer
@@ -124,9 +127,29 @@ class Engine:
 
         Raises InputError, also `chat.missing`, `chat.messages`, `chat.template`.
         """
-        text = ChatTemplate.from_directory(self.artifact.path).render(messages)
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        self._require_generator()
+        ids = self._render(messages)
         return self.generate(ids, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text)
+
+    def classify(self, prompts: Sequence[Prompt]) -> list[Classification]:
+        """The label of each text or list of token ids, for an engine built with `--task classify`.
+
+        Any number of prompts; `batch` of them run together. Raises InputError: `run.too_long`, `run.token_id`,
+        `run.empty_prompt`, and `run.task` on an engine that generates.
+        """
+        task = self._require_classifier()
+        if isinstance(prompts, str):
+            raise InputError("run.prompt", "classify takes a list of prompts, not one text", "give [text]")
+        ids = [self.encode(prompt) for prompt in prompts]
+        return classify_batch(self.runner, ids, task, max_seq_len=self.manifest.limits.max_seq_len)
+
+    def classify_chat(self, messages: Sequence[Mapping[str, Any]]) -> Classification:
+        """The label of a conversation, as the model's chat template writes it for an answer.
+
+        Raises InputError, also `chat.missing`, `chat.messages`, `chat.template`.
+        """
+        self._require_classifier()
+        return self.classify([self._render(messages)])[0]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; an empty text becomes the beginning-of-sequence token if the model has one."""
@@ -135,6 +158,23 @@ class Engine:
             start = self.manifest.source.config.bos_token_id
             return ids if ids or start is None else [start]
         return [self._token(token) for token in prompt]
+
+    def _render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """A conversation as token ids; the template writes special tokens itself."""
+        text = ChatTemplate.from_directory(self.artifact.path).render(messages)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _require_classifier(self) -> Task:
+        task = self.manifest.task
+        if not task.classifies:
+            what = "the engine generates text: it has logits for every token, and no labels"
+            raise InputError("run.task", what, "use generate, or build with --task classify --labels A,B")
+        return task
+
+    def _require_generator(self) -> None:
+        if (task := self.manifest.task).classifies:
+            what = f"the engine tells {', '.join(map(repr, task.labels))} apart: it generates nothing"
+            raise InputError("run.task", what, "use classify, or build without --task classify")
 
     def _token(self, token: int) -> int:
         size = self.manifest.source.config.vocab_size
@@ -149,6 +189,7 @@ class Engine:
         sampling: Sampling | None,
         on_token: Callable[[int, int], None] | None,
     ) -> list[Completion]:
+        self._require_generator()
         results = generate_batch(
             self.runner,
             [self.encode(prompt) for prompt in prompts],
@@ -194,7 +235,7 @@ def _open_runner(artifact: Artifact, options: RunOptions) -> Runner:
     manifest = artifact.manifest
     target = get_target(manifest.target)
     try:
-        return target.runner(artifact.path, manifest.source.config, manifest.limits, options).__enter__()
+        return target.runner(artifact.path, manifest.config, manifest.limits, options).__enter__()
     except MemoryError as error:
         raise UnsupportedError(
             "run.memory",

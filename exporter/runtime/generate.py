@@ -58,7 +58,7 @@ def generate_batch(
     rows = _Rows(prompts, max_new_tokens, frozenset(eos_token_ids), sampling or Sampling(), on_token, max_seq_len)
     if not any(rows.active):
         return rows.results()
-    logits = runner.prefill(*_padded(prompts, len(runner.lengths)))
+    logits = runner.prefill(*padded_prompts(prompts, len(runner.lengths)))
     rows.choose(logits)
     while any(rows.active):
         logits = runner.decode(*rows.step(len(runner.lengths)))
@@ -114,7 +114,7 @@ class _Rows:
         ]
 
 
-def _padded(prompts: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+def padded_prompts(prompts: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
     """ids int64 [B, S] right-padded and lengths [B]; rows without a prompt get one token that nobody reads."""
     lengths = np.ones(rows, np.int64)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
@@ -133,6 +133,11 @@ def _check(runner: Runner, prompts: Sequence[Sequence[int]], max_new_tokens: int
             f"{len(prompts)} prompts for {len(runner.lengths)} rows",
             "load the engine with batch= the number of prompts",
         )
+    check_prompts(prompts, max_seq_len)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], max_seq_len: int) -> None:
+    """Raise InputError for a prompt without a token (`run.empty_prompt`) or with too many (`run.too_long`)."""
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise InputError("run.empty_prompt", f"prompt {row} has no tokens", "give at least one token")
