@@ -28,7 +28,7 @@ class CpuExecution:
         self, proto: "onnx.ModelProto", folder: Path, index: EngineIndex, batch: int, threads: int, hidden: list[str]
     ) -> None:
         self._index, self._batch, self._hidden = index, batch, hidden
-        self._session: ort.InferenceSession | None = _open(proto, folder, threads)
+        self._session: ort.InferenceSession | None = open_graph(proto, folder, threads)
         types = {value.name: value.type for value in self._session.get_inputs()}
         self._logits = np.zeros((batch, index.outputs), np.float32)
         self._caches = {
@@ -67,7 +67,7 @@ class CpuExecution:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _open(proto: "onnx.ModelProto", folder: Path, threads: int) -> "ort.InferenceSession":
+def open_graph(proto: "onnx.ModelProto", folder: Path, threads: int) -> "ort.InferenceSession":
     """A session on a graph in memory whose weights lie in `folder`. No operators are fused and none of quantization is
     rearranged: the graph is to be computed as it stands."""
     try:

@@ -4,9 +4,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.core.errors import ArtifactError, UnsupportedError
+from exporter.core.errors import ArtifactError
+from targets.tensorrt.builder import build_plan
+from targets.tensorrt.devices import BuildDevice
 from targets.tensorrt.engine_index import EngineIndex
 from targets.tensorrt.file_names import DATA, MODEL, PLAN
+from targets.tensorrt.plan_report import EngineRequest
+from targets.tensorrt.toolkit import RTX
 
 if TYPE_CHECKING:
     import onnx
@@ -23,7 +27,12 @@ def instrumented_plan(engine_dir: Path, index: EngineIndex) -> bytes:
 
 
 def rebuild_plan(model: Path, index: EngineIndex, out: Path) -> None:
-    raise UnsupportedError("tensorrt.instrumented", f"{index.toolkit} cannot rebuild {model.name} to {out.name} yet")
+    """Build a graph as an engine was built: by the same toolkit, for the same GPUs, with the same profiles."""
+    rtx = index.toolkit == RTX
+    portable = rtx and index.hardware_compatible
+    device = BuildDevice(index.toolkit, index.compute_capabilities, current=not rtx, portable=portable)
+    request = EngineRequest(device, index.profiles, index.version_compatible, index.hardware_compatible)
+    build_plan(model, request, out, lambda fraction, phase: None)
 
 
 def with_hidden_states(model: Path, index: EngineIndex, out: Path) -> None:
