@@ -7,7 +7,7 @@ LEVELS = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
 ERRORS = ("INTERNAL_ERROR", "ERROR")
 # `IBuilder::build...: Error Code 1: Myelin ([pass.cpp:1500: run_passes] MESSAGE In compileGraph at /_src/x.cpp:2012)`
 ENVELOPE = re.compile(r"^.*?Error Code \d+: [^(]*\((.*)\)$", re.DOTALL)
-PLACE_BEFORE = re.compile(r"^\[[^\]]*\]\s*")
+PLACE_BEFORE = re.compile(r"^(\[[^\]]*\]\s*|\w+\.cpp:\d+: )")
 PLACE_AFTER = re.compile(r"\.?\s+In \S+ at /\S+:\d+(?=$|\s|\))")
 # A failed build without a driver is followed by this complaint of the cleaning up.
 ECHO = ("cudaError 35",)

@@ -37,7 +37,7 @@ def parse_model(toolkit: Toolkit, model: Path, prefix: bytes | None = None) -> P
     parser = module.OnnxParser(network, logger)
     parsed = parser.parse_from_file(str(model)) if prefix is None else parser.parse(prefix, str(model))
     if not parsed:
-        raise parser_error(toolkit, parser)
+        raise parser_error(toolkit, parser, log)
     return Parsed(toolkit, log, logger, builder, network, parser)
 
 
@@ -93,6 +93,9 @@ def _add_profile(parsed: Parsed, config: Any, profile: Profile) -> None:
 
 def _use_timing_cache(config: Any, file: Path) -> None:
     """Kernels measured before on such a GPU with this version are not measured again."""
+    if file.is_dir() or not file.parent.is_dir():
+        why = f"--timing-cache {file} cannot be written: it is a directory, or stands in none"
+        raise InputError("tensorrt.timing_cache", why, "name a file in an existing directory")
     cache = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, False):
         why = f"{file} is no timing cache of this TensorRT version and GPU"

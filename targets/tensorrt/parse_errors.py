@@ -5,35 +5,41 @@ from collections.abc import Iterator
 from typing import Any
 
 from exporter.core.errors import UnsupportedError
-from targets.tensorrt.build_log import clean
+from targets.tensorrt.build_log import BuildLog, clean
 from targets.tensorrt.toolkit import Toolkit
 
 MOST_NODES = 5
 ASSERTION = re.compile(r"^Assertion failed: .+?: (.+)$", re.DOTALL)
-NO_SUCH = "UNSUPPORTED_NODE"
+# The other form of the parser's checks: a condition of its source and what it means.
+QUOTED = re.compile(r'&& "([^"]+)"$')
+ADVICE = re.compile(r"\s*Please set k[A-Z_0-9]+ .*$", re.DOTALL)
+NO_SUCH = ("false", "Plugin not found")
 
 
-def parser_error(toolkit: Toolkit, parser: Any) -> UnsupportedError:
+def parser_error(toolkit: Toolkit, parser: Any, log: BuildLog) -> UnsupportedError:
     """The error of a parser whose `parse` failed: its first nodes with the reason of each."""
-    found = list(dict.fromkeys(_described(parser)))
+    found = list(dict.fromkeys(_described(parser, log)))
     shown = "; ".join(found[:MOST_NODES]) or "it gives no reason"
     more = f"; and {len(found) - MOST_NODES} more" if len(found) > MOST_NODES else ""
     remedy = "choose another recipe or target: the graph holds what this TensorRT cannot take"
     return UnsupportedError("tensorrt.parser", f"{toolkit.label} refuses the graph: {shown}{more}", remedy)
 
 
-def _described(parser: Any) -> Iterator[str]:
+def _described(parser: Any, log: BuildLog) -> Iterator[str]:
     for index in range(parser.num_errors):
         error = parser.get_error(index)
-        operator = error.node_operator()
-        name = error.node_name() or f"number {error.node()}"
-        reason = reason_of(error.code().name, error.desc(), operator)
-        yield f"node {name} ({operator}): {reason}" if operator else reason
+        operator, reason = error.node_operator(), reason_of(error.desc(), error.node_operator())
+        if operator:
+            yield f"node {error.node_name() or f'number {error.node()}'} ({operator}): {reason}"
+        else:
+            # Not a node but a file or a weight: the cause stands in the log before it.
+            yield "; ".join([*log.errors[:1], reason])
 
 
-def reason_of(code: str, description: str, operator: str) -> str:
-    """`Assertion failed: CONDITION: REASON` -> the reason; a condition alone says nothing to a reader."""
-    if code == NO_SUCH or (found := re.match(r"Plugin not found", description)):
+def reason_of(description: str, operator: str) -> str:
+    """The words in a failed check of the parser; a condition alone says nothing to a reader."""
+    if operator and description.startswith("false"):
         return f"it has no operator {operator}"
-    found = ASSERTION.match(description)
-    return clean(found.group(1) if found else description)
+    found = ASSERTION.match(description) or QUOTED.search(description)
+    reason = ADVICE.sub("", clean(found.group(1) if found else description))
+    return f"it has no operator {operator}" if operator and reason.startswith(NO_SUCH) else reason
