@@ -63,12 +63,6 @@ def _tensors(signature: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _proof(manifest: Manifest) -> str:
-    built, ran = manifest.proof.get("built_by"), manifest.proof.get("engine_run")
-    built_by = f"Built by {built}. " if built else ""
-    if manifest.parity is None:
-        return f"{built_by}Nothing was proven: it was built with --no-parity."
-    if ran is None:
-        return f"{built_by}The engine itself was not run: the builder could not. manifest.json says what was proven."
-    return (
-        f"{built_by}The engine was run where it was built and held to the eager model; manifest.json has the figures."
-    )
+    """The proof's own words as a sentence; manifests of older versions have none."""
+    words = str(manifest.proof.get("statement") or f"built by {manifest.proof.get('built_by')}")
+    return f"{words[:1].upper()}{words[1:]}. manifest.json has the figures (`parity`, `proof`)."

@@ -33,6 +33,10 @@ GPUS = {
     "W4A16_AWQ": "Ampere, Ada Lovelace, Hopper",
     "W4A8_AWQ": "Ada Lovelace, Hopper",
 }
+SEVERAL_GPUS = (
+    "Over several GPUs: `--tp_size N` here, `--tensor-parallel-size N` for vLLM, `--tp-size N` for SGLang; each cuts "
+    "the checkpoint as it loads it."
+)
 TRTLLM_READ = "TensorRT-LLM 1.2 and 1.3 (tensorrt_llm/commands/serve.py)"
 VLLM_READ = "vLLM 0.33 (vllm/engine/arg_utils.py, layers/quantization/modelopt.py)"
 SGLANG_READ = "SGLang 0.5.23 (sglang/srt/arg_groups, layers/quantization/modelopt_quant.py)"
@@ -52,7 +56,7 @@ def trtllm_serve(facts: ServingFacts) -> Route:
     limits = ("--max_batch_size", str(facts.max_batch), "--max_seq_len", str(facts.max_seq_len))
     gpus = GPUS.get(facts.checkpoint.algorithm)
     notes = (f"GPUs that compute {facts.checkpoint.algorithm}: {gpus}.",) if gpus else ()
-    return Route(name, title, ((*command, *limits),), notes=notes, checked=TRTLLM_READ)
+    return Route(name, title, ((*command, *limits),), notes=(*notes, SEVERAL_GPUS), checked=TRTLLM_READ)
 
 
 def _trtllm_refusal(facts: ServingFacts) -> str:

@@ -4,7 +4,8 @@ from exporter.core.task import Task
 from exporter.handoff.facts import ServingFacts
 from exporter.handoff.route import ENGINE_DIR, Route
 
-EXTRAS = {"tensorrt": "tensorrt", "onnxruntime": "onnxruntime", "tvm": "tvm"}
+# Extras are named like their target, but for the second of TensorRT's two toolkits.
+EXTRAS = {"tensorrt_rtx": "tensorrt-rtx"}
 GENERATE_CODE = f"""import enginesmith
 
 with enginesmith.load("{ENGINE_DIR}") as engine:
@@ -28,7 +29,8 @@ def runtime_routes(facts: ServingFacts) -> tuple[Route, ...]:
 def _command_line(facts: ServingFacts) -> Route:
     run = ["enginesmith", "run", ENGINE_DIR, "--prompt", "Once upon a time"]
     bench = ("enginesmith", "bench", ENGINE_DIR)
-    install = f'pip install "enginesmith[{EXTRAS[facts.target]}]"; neither torch nor transformers is needed.'
+    extra = EXTRAS.get(str(facts.gpu.get("toolkit", "")), facts.target)
+    install = f'`pip install "enginesmith[{extra}]"`; neither torch nor transformers is needed.'
     inspect = ("enginesmith", "inspect", ENGINE_DIR, "--for-host")
     notes = (install, "`inspect --for-host` tells whether this engine fits the machine, without loading it.")
     return Route("enginesmith", "The command line", (inspect, tuple(run), bench), notes=notes)
@@ -40,19 +42,18 @@ def _python(task: Task) -> Route:
 
 def _triton(facts: ServingFacts) -> Route:
     command = ("tritonserver", f"--model-repository={ENGINE_DIR}/triton")
-    streaming = (*command, "--model-config-name=streaming")
-    notes = [
-        "Triton's python backend over this package: install it, with the same extra, into the container's Python "
-        "(examples/triton has a Dockerfile). The model finds the engine by its own place, two directories above it; "
-        "the parameter `engine` of config.pbtxt names another.",
-    ]
-    if facts.task.classifies:
-        return Route("triton", "Triton Inference Server", (command,), notes=tuple(notes), checked=TRITON_READ)
-    notes.append("`--model-config-name=streaming` sends text as it is generated (a decoupled model, for gRPC and")
-    notes[-1] += " /generate_stream); otherwise requests are answered whole, and together."
-    return Route("triton", "Triton Inference Server", (command, streaming), notes=tuple(notes), checked=TRITON_READ)
+    commands = (command,) if facts.task.classifies else (command, (*command, "--model-config-name=streaming"))
+    notes = TRITON_NOTES[:1] if facts.task.classifies else TRITON_NOTES
+    return Route("triton", "Triton Inference Server", commands, notes=notes, checked=TRITON_READ)
 
 
+TRITON_NOTES = (
+    "Triton's python backend over this package: install it, with the same extra, into the container's Python "
+    "(examples/triton has a Dockerfile). The model finds the engine by its own place, two directories above it; the "
+    "parameter `engine` of config.pbtxt names another.",
+    "The second command sends text as it is generated (a decoupled model, for gRPC and /generate_stream); with the "
+    "first, requests are answered whole, and together.",
+)
 TRITON_READ = "Triton 26.07 (model_config.proto; python_backend README)"
 
 

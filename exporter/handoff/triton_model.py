@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from exporter.core.errors import EngineSmithError, InputError
+from exporter.runtime.classify import Classification
 from exporter.runtime.engine import Completion, Engine, load
 from exporter.runtime.sampling import Sampling
 
@@ -47,12 +48,11 @@ class TritonPythonModel:
         digest = given.get("digest") or None
         rows, threads = int(given.get("rows", "1")), int(given.get("threads", "0"))
         self._engine: Engine = load(directory, threads=threads, batch=rows, expect_digest=digest)
-        self._classifies = self._engine.manifest.task.classifies
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
         """Answer requests: a list as long as theirs, or through their senders where the model is decoupled."""
-        if self._classifies:
-            return [self._guarded(self._classify, request) for request in requests]
+        if self._engine.manifest.task.classifies:
+            return self._classify_together(requests)
         if self._decoupled:
             for request in requests:
                 self._stream(request)
@@ -123,16 +123,24 @@ class TritonPythonModel:
         except ValueError as error:
             sender.send(self._failed(InputError("run.batch", f"a streamed request has one row ({error})")), flags=final)
 
-    def _classify(self, request: Any) -> Any:
-        texts = self._strings(request, "text_input")
-        found: list[Any] = []
-        for start in range(0, len(texts), self._engine.batch):
-            found.extend(self._engine.classify(texts[start : start + self._engine.batch]))  # type: ignore[attr-defined]
+    def _classify_together(self, requests: Sequence[Any]) -> list[Any]:
+        """Every request's texts at once; where that is refused, each request by itself."""
+        asked = [self._guarded(self._prompt_texts, request) for request in requests]
+        texts = [text for found in asked if isinstance(found, list) for text in found]
+        try:
+            done = iter(self._engine.classify(texts) if texts else ())
+        except EngineSmithError as error:
+            if len(requests) == 1:
+                return [self._failed(error)]
+            return [answer for request in requests for answer in self._classify_together([request])]
+        return [self._labelled([next(done) for _ in found]) if isinstance(found, list) else found for found in asked]
+
+    def _labelled(self, found: Sequence[Classification]) -> Any:
         chances = np.array([list(item.probabilities.values()) for item in found], np.float32)
         return self._response({"label": _texts([item.label for item in found]), "probabilities": chances})
 
     def _prompts(self, request: Any) -> list[Prompt]:
-        texts = self._strings(request, "text_input")
+        texts = self._prompt_texts(request)
         limit = self._option(request, "max_new_tokens", self._default_tokens)
         sampling = Sampling(
             float(self._option(request, "temperature", 0.0)),
@@ -141,14 +149,14 @@ class TritonPythonModel:
         )
         return [Prompt(text, int(limit), sampling) for text in texts]
 
-    def _strings(self, request: Any, name: str) -> list[str]:
-        tensor = self._pb.get_input_tensor_by_name(request, name)
+    def _prompt_texts(self, request: Any) -> list[str]:
+        tensor = self._pb.get_input_tensor_by_name(request, "text_input")
         if tensor is None:
-            raise InputError("run.prompt", f"the request has no {name}", "send text")
+            raise InputError("run.prompt", "the request has no text_input", "send text")
         try:
             return [value.decode() if isinstance(value, bytes) else str(value) for value in tensor.as_numpy().ravel()]
         except UnicodeDecodeError as error:
-            raise InputError("run.prompt", f"{name} is not UTF-8", "send Unicode text") from error
+            raise InputError("run.prompt", "text_input is not UTF-8", "send Unicode text") from error
 
     def _option(self, request: Any, name: str, default: Any) -> Any:
         """The one value of an optional input. Rows of a request share it."""

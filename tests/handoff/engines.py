@@ -1,13 +1,17 @@
-"""A tiny engine of the target onnxruntime with its hand-off files, made as a build makes it."""
+"""Tiny engines of the target onnxruntime with their hand-off files, as a build makes them."""
 
 from pathlib import Path
 
+import enginesmith
 from calibration.coverage import coverage
-from exporter.artifact.manifest import PrecisionTable, Source, write_manifest
+from exporter.artifact.load import open_artifact
+from exporter.artifact.manifest import MANIFEST, PrecisionTable, Source, write_manifest
 from exporter.artifact.tokenizer_files import read_tokenizer
 from exporter.handoff.files import write_handoff
 from tests.artifact.sample import manifest
 from tests.targets.engines import RECIPES, build, build_source
+
+LABELS = ["safe", "unsafe", "class"]
 
 
 def write_engine(checkpoint: Path, out: Path) -> Path:
@@ -27,4 +31,24 @@ def write_engine(checkpoint: Path, out: Path) -> Path:
     )
     write_handoff(built, out)
     write_manifest(out, built)
+    return out
+
+
+def write_classifier(checkpoint: Path, out: Path) -> Path:
+    """For LABELS."""
+    enginesmith.build(
+        checkpoint,
+        target="onnxruntime",
+        recipe="int4-rtn",
+        out=out,
+        task="classify",
+        labels=LABELS,
+        max_batch=2,
+        max_seq_len=40,
+        parity=False,
+    )
+    manifest = open_artifact(out).manifest
+    write_handoff(manifest, out)
+    (out / MANIFEST).unlink()
+    write_manifest(out, manifest)
     return out

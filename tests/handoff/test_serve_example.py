@@ -7,7 +7,8 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from types import ModuleType
@@ -16,9 +17,7 @@ from typing import Any
 import pytest
 
 import enginesmith
-from tests.handoff.engines import write_engine
 
-pytest.importorskip("onnxruntime")
 SERVE = Path(__file__).parents[2] / "examples" / "docker" / "serve.py"
 
 
@@ -33,19 +32,20 @@ def load_example() -> ModuleType:
 serve = load_example()
 
 
-@pytest.fixture(scope="module")
-def directory(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_engine(tiny_checkpoint("gqa"), tmp_path_factory.mktemp("engines") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def server(directory: Path) -> Iterator[Any]:
-    with enginesmith.load(directory, threads=1) as engine, serve.Server(("127.0.0.1", 0), engine) as running:
-        thread = threading.Thread(target=running.serve_forever)
+@contextmanager
+def running(directory: Path) -> Iterator[Any]:
+    with enginesmith.load(directory, threads=1) as engine, serve.Server(("127.0.0.1", 0), engine) as server:
+        thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield running
-        running.shutdown()
+        yield server
+        server.shutdown()
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(generator: Path) -> Iterator[Any]:
+    with running(generator) as found:
+        yield found
 
 
 def ask(server: Any, path: str, body: object | bytes | None = None) -> tuple[int, dict[str, Any]]:
@@ -77,6 +77,13 @@ def test_answers_are_the_engines(server: Any) -> None:
     assert (code, drawn) == (200, wanted.to_json())
 
 
+def test_labels_are_the_engines(classifier: Path) -> None:
+    with running(classifier) as server:
+        (wanted,) = server.engine.classify(["def f(x):"])
+        assert ask(server, "/classify", {"text": "def f(x):"}) == (200, wanted.to_json())
+        assert ask(server, "/generate", {"prompt": "a"})[0] == 400
+
+
 def test_clients_at_once_are_answered_each(server: Any) -> None:
     wanted = server.engine.generate("b", max_new_tokens=8).to_json()
     found: list[Any] = []
@@ -103,6 +110,7 @@ def test_clients_at_once_are_answered_each(server: Any) -> None:
         ("/generate", {"prompt": "a", "temperature": -1}, 400, "usage.temperature"),
         ("/generate", {"prompt": "a b " * 400}, 400, "run.too_long"),
         ("/generate", {"messages": [{"role": 1}]}, 400, "chat."),
+        ("/classify", {"text": "a"}, 400, "run.task"),
     ],
 )
 def test_wrong_requests_are_told(server: Any, path: str, body: Any, code: int, kind: str) -> None:

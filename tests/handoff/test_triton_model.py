@@ -1,6 +1,6 @@
 """The python model of a real engine's repository, driven as Triton drives it, against `enginesmith run`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,14 @@ from exporter.core.errors import ArtifactError
 from exporter.handoff.triton_model import Prompt, batches
 from exporter.runtime.sampling import Sampling
 from tests.cli.command import enginesmith
-from tests.handoff.engines import write_engine
 from tests.handoff.fake_triton import FINAL, TritonError, request, served
 
-pytest.importorskip("onnxruntime")
 PROMPTS = ["def f(x):", "return the sum of them", "a"]
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_engine(tiny_checkpoint("gqa"), tmp_path_factory.mktemp("engines") / "tiny")
+def engine(generator: Path) -> Path:
+    return generator
 
 
 @pytest.fixture(scope="module")
