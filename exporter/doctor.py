@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from exporter.check import Check as Check
 from exporter.core.errors import EngineSmithError
 from exporter.core.machine import physical_cores
+from exporter.gpu_checks import gpu_checks
 from exporter.memory import available_bytes
-from targets.registry import PLANNED, TARGETS, get_target
+from targets.registry import TARGETS, get_target
 
 # Packages by what they are needed for; versions come from their metadata, nothing is imported.
 PACKAGES = {
@@ -22,17 +24,6 @@ PACKAGES = {
 TARGET_PACKAGES = {"tvm": ("apache-tvm", "apache-tvm-ffi", "ziglang")}
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MIN_PYTHON = (3, 11)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding: `remedy` is empty where nothing needs doing."""
-
-    name: str
-    passed: bool
-    detail: str
-    remedy: str = ""
-    required: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,9 +50,9 @@ def diagnose() -> Diagnosis:
     checks += [_package(name, purpose) for purpose, names in PACKAGES.items() for name in names]
     checks += [_package(name, target, False) for target, names in TARGET_PACKAGES.items() for name in names]
     checks.append(_tvm_runtime())
+    checks += gpu_checks()
     targets = [_target(name) for name in TARGETS]
     checks += targets
-    checks += [Check(f"target {n}", False, "planned, not part of this version", required=False) for n in PLANNED]
     running = all(check.passed for check in checks if check.name.startswith("run: "))
     return Diagnosis(tuple(checks), running and any(check.passed for check in targets))
 
@@ -118,5 +109,6 @@ def _package(name: str, purpose: str, required: bool = True) -> Check:
 def _target(name: str) -> Check:
     target = get_target(name)
     support = target.probe()
-    detail = support.why or ", ".join(f"{n} {v}" for n, v in target.versions().items() if v)
+    versions = ", ".join(f"{n} {v}" for n, v in target.versions().items() if v)
+    detail = support.why or versions or "needs no package of its own"
     return Check(f"target {name}", support.usable, detail, support.remedy)
