@@ -109,6 +109,15 @@ class StoredCompressed:
         return found
 
     @cached_property
+    def requantized(self) -> frozenset[str]:
+        """int4: groups whose scale was negative were written with a positive one."""
+        weights = self.compression.weights
+        four_bits = self.compression.form == "pack-quantized" and weights is not None and weights.bits == 4
+        return frozenset(
+            f"{module}.weight" for module in self._modules if four_bits and self.compression.covers(module)
+        )
+
+    @cached_property
     def _modules(self) -> dict[str, tuple[int, int]]:
         return layer_modules(self.config)
 

@@ -105,6 +105,12 @@ class StoredHf:
         return found
 
     @cached_property
+    def requantized(self) -> frozenset[str]:
+        """int4: groups whose scale was negative were written with a positive one."""
+        awq = self.quantization.algorithm in AWQ
+        return frozenset(f"{module}.weight" for module in self._modules if awq and self.quantization.covers(module))
+
+    @cached_property
     def _modules(self) -> dict[str, tuple[int, int]]:
         return layer_modules(self.config)
 
