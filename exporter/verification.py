@@ -52,7 +52,16 @@ def verify_engine_directory(
         numbers = calibrated_numbers(checkpoint, manifest.recipe, parameters, target, threads)
     elif manifest.calibration is None:
         numbers = plain_numbers(checkpoint, threads)
-    subject = EngineUnderTest(target, artifact.path, checkpoint, manifest.recipe, manifest.limits, text, threads)
+    subject = EngineUnderTest(
+        target,
+        artifact.path,
+        checkpoint,
+        manifest.recipe,
+        manifest.limits,
+        text,
+        threads,
+        built_by=str(manifest.proof.get("built_by") or ""),
+    )
     return verify_artifact(subject, progress, numbers, seen)
 
 

@@ -140,14 +140,25 @@ class Runner(Protocol):
 class StoredModel(Protocol):
     """An artifact that is a checkpoint, decoded by a reader that shares nothing with what wrote it."""
 
-    config: ModelConfig
-    """Of the model that the files hold."""
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model that the files hold."""
+        ...
 
-    input_scales: Mapping[str, float]
-    """Scales of rounded inputs by module, `model.layers.0.self_attn.q_proj`."""
+    @property
+    def input_scales(self) -> Mapping[str, float]:
+        """Scales of rounded inputs by module, `model.layers.0.self_attn.q_proj`."""
+        ...
 
-    kv_scales: Mapping[int, tuple[float, float]]
-    """Scales of keys and values by layer."""
+    @property
+    def kv_scales(self) -> Mapping[int, tuple[float, float]]:
+        """Scales of keys and values by layer."""
+        ...
+
+    @property
+    def requantized(self) -> frozenset[str]:
+        """Tensors whose codes were rounded a second time, because the form has one scale for several matrices."""
+        ...
 
     def validate(self) -> None:
         """Raise ArtifactError (`stored.*`) for names, shapes, dtypes, scales or shards that the format forbids."""

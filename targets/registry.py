@@ -9,15 +9,15 @@ from targets.base import Target
 TARGETS = {
     "onnxruntime": ("targets.onnxruntime.target", "OnnxRuntimeTarget"),
     "tvm": ("targets.tvm.target", "TvmTarget"),
+    "tensorrt": ("targets.tensorrt.target", "TensorRtTarget"),
+    "tensorrt-llm": ("targets.tensorrt_llm.target", "TensorRtLlmTarget"),
 }
-PLANNED = ("tensorrt", "tensorrt-llm")
 
 
 def get_target(name: str) -> Target:
     """The target of a name; UnsupportedError names those that exist."""
     if name not in TARGETS:
-        why = "is planned but not built yet" if name in PLANNED else "is unknown"
-        raise UnsupportedError("target.unknown", f"target {name!r} {why}", f"available: {', '.join(TARGETS)}")
+        raise UnsupportedError("target.unknown", f"target {name!r} is unknown", f"available: {', '.join(TARGETS)}")
     module, attribute = TARGETS[name]
     target: Target = getattr(import_module(module), attribute)()
     return target

@@ -23,11 +23,13 @@ CORE_ONLY = ("exporter.trace", "exporter.passes")
 HOMES = {
     "torch": ("exporter.trace", "exporter.passes", "exporter.parity", "calibration"),
     "transformers": ("exporter.trace", "exporter.passes", "exporter.parity"),
-    "onnxruntime": ("targets.onnxruntime",),
+    "onnxruntime": ("targets.onnxruntime", "targets.tensorrt"),
     "onnxruntime_genai": ("targets.onnxruntime",),
     "tvm": ("targets.tvm",),
     "tvm_ffi": ("targets.tvm",),
     "tensorrt": ("targets.tensorrt",),
+    "tensorrt_rtx": ("targets.tensorrt",),
+    "polygraphy": ("exporter.parity",),
     "tensorrt_llm": ("targets.tensorrt_llm",),
     "modelopt": ("calibration",),
 }
@@ -41,6 +43,8 @@ HEAVY = (
     "tvm",
     "tvm_ffi",
     "tensorrt",
+    "tensorrt_rtx",
+    "polygraphy",
     "modelopt",
 )
 HEAVY_AT_TOP = (

@@ -9,6 +9,8 @@ from exporter.core.gpu import GpuHost, gpu_host
 from exporter.core.machine import cpu_features, triple
 
 KNOWN = {"cpu_features", "gpu"}
+ANY_MACHINE = "any"
+"""The triple of artifacts that are data alone, such as checkpoints."""
 
 
 def check_host(built_for: str, requirements: Mapping[str, Any], host: GpuHost | None = None) -> list[Mismatch]:
@@ -16,7 +18,7 @@ def check_host(built_for: str, requirements: Mapping[str, Any], host: GpuHost | 
 
     `host`: the GPUs, driver and runtimes to compare with, if not this machine's. Nothing is deserialized.
     """
-    if built_for != triple():
+    if built_for not in (ANY_MACHINE, triple()):
         why = f"the engine was built for {built_for}, this is {triple()}"
         return [Mismatch("triple", why, "run it there, or build it again from the checkpoint for a machine like this")]
     found = []

@@ -28,6 +28,20 @@ class NoProgress:
     def end(self) -> None: ...
 
 
+class PartOfStage:
+    """Progress of work that is a part of a stage, from `start` to `stop` of it."""
+
+    def __init__(self, progress: Progress, start: float, stop: float) -> None:
+        self._progress, self._start, self._stop = progress, start, stop
+
+    def begin(self, stage: str) -> None: ...
+
+    def advance(self, fraction: float, detail: str = "") -> None:
+        self._progress.advance(self._start + (self._stop - self._start) * fraction, detail)
+
+    def end(self) -> None: ...
+
+
 @contextmanager
 def stage(progress: Progress, name: str) -> Iterator[Progress]:
     """One stage as a `with` block; `end` is reported only if it succeeds."""

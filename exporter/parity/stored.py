@@ -85,8 +85,7 @@ def _held_to_numbers(
     """The largest relative L2 error of a tensor; apart for those that the form makes the writer round again."""
     if numbers is None:
         return (Check("stored_weights_error", None, None, STAGE, UNKNOWN),)
-    again: frozenset[str] = getattr(stored, "requantized", frozenset())
-    errors = dict(_tensor_errors(stored, precisions, numbers))
+    again, errors = stored.requantized, dict(_tensor_errors(stored, precisions, numbers))
     groups = (
         ("stored_weights_error", STORED_FLOATS, {name: e for name, e in errors.items() if name not in again}),
         ("requantized_weights_error", STORED_AGAIN, {name: e for name, e in errors.items() if name in again}),

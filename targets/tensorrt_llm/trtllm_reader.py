@@ -116,6 +116,15 @@ class TrtllmCheckpoint:
             scales[layer] = (largest, largest)
         return scales
 
+    @property
+    def requantized(self) -> frozenset[str]:
+        """FP8 has one scale for q, k and v, and one for gate and up."""
+        if self.stored.quant_algo != "FP8":
+            return frozenset()
+        names = [name for name in WHERE if name not in ("self_attn.o_proj", "mlp.down_proj")]
+        layers = range(self.stored.num_hidden_layers)
+        return frozenset(f"model.layers.{layer}.{name}.weight" for layer in layers for name in names)
+
     def _decoded(self, name: str, start: int, stop: int) -> np.ndarray:
         if name in TABLES:
             return self._table(name, start, stop)

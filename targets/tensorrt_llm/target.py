@@ -1,0 +1,135 @@
+"""The target `tensorrt-llm`: quantized checkpoints that TensorRT-LLM, vLLM and SGLang load."""
+
+from importlib import metadata
+from pathlib import Path
+
+from exporter.core.config import ModelConfig
+from exporter.core.device import THIS_MACHINE
+from exporter.core.engine_options import PLAIN
+from exporter.core.errors import InputError, UnsupportedError
+from exporter.core.progress import Progress
+from exporter.core.recipe import Precision, Recipe
+from exporter.core.support import Support
+from exporter.core.task import GENERATE, Task
+from targets.base import (
+    ActivationRounding,
+    BuildResult,
+    BuildSource,
+    DeviceOptions,
+    EngineOptions,
+    EngineTarget,
+    Limits,
+    Runner,
+    RunOptions,
+    StoredModel,
+    refuse_devices,
+    refuse_engine_options,
+)
+from targets.tensorrt_llm import formats, support
+from targets.tensorrt_llm.defaults import completed
+
+OPTIONS = frozenset({"--tp", "--pp", "--format", "--engine"})
+# Writing a checkpoint needs none of them: they are what loads it, or compiles it.
+PACKAGES = {"tensorrt-llm": "tensorrt_llm", "vllm": "vllm", "sglang": "sglang"}
+ROUNDINGS: dict[str, ActivationRounding] = {
+    "int8/token": "token",
+    "int8/tensor": "tensor",
+    "fp8/token": "fp8-token",
+    "fp8/tensor": "fp8-tensor",
+    "nvfp4/tensor": "nvfp4",
+}
+
+
+class TensorRtLlmTarget(EngineTarget):
+    """Writes checkpoints and reads them back; targets.base.Target says what each method does."""
+
+    name = "tensorrt-llm"
+    calibrated_caches = frozenset({"int8"})
+
+    def probe(self) -> Support:
+        """Checkpoints can be written everywhere."""
+        return Support("native")
+
+    def versions(self) -> dict[str, str]:
+        return {name: _version(package) for name, package in PACKAGES.items()}
+
+    def supports(
+        self,
+        config: ModelConfig,
+        recipe: Recipe,
+        device: DeviceOptions = THIS_MACHINE,
+        engine: EngineOptions = PLAIN,
+        task: Task = GENERATE,
+    ) -> Support:
+        if task.classifies:
+            why = "servers of checkpoints compute the logits of the whole vocabulary: there is no head of labels alone"
+            return Support("refused", why, "use --target tensorrt, onnxruntime or tvm; or generate one token")
+        found = support.recipe_support(config, recipe, engine)
+        if found.usable and formats.form_of(engine) == formats.LEGACY:
+            from targets.tensorrt_llm.shards import check
+
+            return check(config, recipe, engine)
+        return found
+
+    def complete(
+        self,
+        recipe: Recipe,
+        unnamed: frozenset[str],
+        config: ModelConfig | None = None,
+        engine: EngineOptions = PLAIN,
+    ) -> Recipe:
+        return completed(recipe, unnamed, config, engine)
+
+    def matrix_bits(self, precision: Precision, rows: int, width: int) -> int:
+        return formats.matrix_bits(precision, rows, width)
+
+    def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
+        return ROUNDINGS.get(precision.activations)
+
+    def devices(self) -> dict[str, str]:
+        return {}
+
+    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN) -> None:
+        refuse_engine_options(self.name, engine, OPTIONS)
+        refuse_devices(self.name, device)
+        if engine.format is not None and engine.format not in formats.FORMS:
+            what = f"--format {engine.format} is unknown"
+            raise InputError("usage.format", what, f"use one of {', '.join(formats.FORMS)}")
+        if engine.compile_engine:
+            self._check_compiler(engine)
+
+    def _check_compiler(self, engine: EngineOptions) -> None:
+        if formats.form_of(engine) != formats.LEGACY:
+            what = "--engine compiles TensorRT-LLM checkpoints; this form is loaded as it is"
+            raise UnsupportedError("tensorrt_llm.engine", what, "give --format trtllm, or leave --engine out")
+        from targets.tensorrt_llm.trtllm_build import compiler_missing
+
+        if missing := compiler_missing(Limits(1, 1), engine):
+            raise missing
+
+    def capabilities(self) -> dict[str, Support]:
+        return support.capabilities()
+
+    def build(self, source: BuildSource, out_dir: Path, progress: Progress) -> BuildResult:
+        from targets.tensorrt_llm.build import build_checkpoint
+
+        return build_checkpoint(source, out_dir, progress, self.versions())
+
+    def runner(self, engine_dir: Path, config: ModelConfig, limits: Limits, options: RunOptions) -> Runner:
+        raise UnsupportedError(
+            "tensorrt_llm.run",
+            "this artifact is a checkpoint for a server, not an engine that enginesmith runs",
+            "serving.md in the artifact says how to serve it; `enginesmith verify` reads it back",
+        )
+
+    def stored_model(self, engine_dir: Path, config: ModelConfig, recipe: Recipe) -> StoredModel | None:
+        from targets.tensorrt_llm.stored import open_stored
+
+        return open_stored(engine_dir, config, recipe)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
