@@ -12,8 +12,11 @@ from calibration.recipe_file import RecipeFile, read_recipe_file
 from calibration.recipe_file import checked_kv_cache as checked_kv_cache
 from calibration.recipe_rules import checked, rotated
 from exporter.core.errors import InputError
-from exporter.core.recipe import CHANNEL, FIXED_GROUPS, TENSOR, Precision, Recipe
+from exporter.core.recipe import CHANNEL, FIXED_GROUPS, TENSOR, Override, Precision, Recipe
 
+Complete = Callable[[Recipe, frozenset[str]], Recipe]
+"""A target's choice for parts that nobody named."""
+HALVES = ("bf16", "fp16")
 TYPICAL_SHAPE = (4096, 4096)
 """A matrix for whose size bits a weight are told: scales of a row or a matrix weigh next to nothing in it."""
 
@@ -31,7 +34,8 @@ class Preset:
         linear, head, embedding = (f"{_bits(getattr(self.recipe, part)):.4g}" for part in PARTS)
         if linear == head == embedding:
             return f"{linear} bits a weight"
-        return f"{linear} bits a weight, lm_head {head}, embedding {embedding}"
+        others = "".join(f"{each.pattern} {_bits(each.precision):.4g}, " for each in self.recipe.overrides)
+        return f"{linear} bits a weight, {others}lm_head {head}, embedding {embedding}"
 
     @property
     def needs(self) -> str:
@@ -55,6 +59,7 @@ _W8A8 = Precision("int8", CHANNEL, activations="int8/token")
 _W4A8 = Precision("int4", DEFAULT_GROUP_SIZE, activations="int8/token")
 _FP8_TENSOR = Precision("fp8", TENSOR, activations="fp8/tensor")
 _FP8_CHANNEL = Precision("fp8", CHANNEL, activations="fp8/token")
+_FIRST_LAYER = "layers.0.*"
 
 PRESETS: dict[str, Preset] = {
     preset.recipe.name: preset
@@ -96,8 +101,11 @@ PRESETS: dict[str, Preset] = {
             "the weights first (SmoothQuant).",
         ),
         Preset(
-            Recipe("fp8", _FP8_TENSOR, _BF16, _BF16),
-            "E4M3 weights and activations, a scale a matrix and one from calibration for its input.",
+            # The first layer carries over half of what E4M3 costs, whatever rounds it (docs/benchmarks.md); Llama 3's
+            # own FP8 leaves it as it is, and the last one (arXiv:2407.21783, section 6.2).
+            Recipe("fp8", _FP8_TENSOR, _BF16, _BF16, overrides=(Override(_FIRST_LAYER, _BF16),)),
+            "E4M3 weights and activations, a scale a matrix and one from calibration for its input; the first layer "
+            "stays in 16 bits.",
         ),
         Preset(
             Recipe("fp8-channel", _FP8_CHANNEL, _BF16, _BF16),
@@ -136,7 +144,7 @@ def load_recipe(
     embedding: str | None = None,
     kv_cache: str | None = None,
     rotate: bool = False,
-    complete: Callable[[Recipe, frozenset[str]], Recipe] | None = None,
+    complete: Complete | None = None,
 ) -> Recipe:
     """A preset's name or a TOML file, with the command line's overrides applied in the order of the parameters.
 
@@ -159,7 +167,21 @@ def load_recipe(
     if path.suffix != ".toml":
         given |= {"linear": None, "group_size": group_size}
     unnamed = frozenset(part for part, value in given.items() if value is None) - found.named
-    return complete(recipe, unnamed) if complete else recipe
+    return completed(recipe, unnamed, complete) if complete else recipe
+
+
+def completed(recipe: Recipe, unnamed: frozenset[str], complete: Complete) -> Recipe:
+    """What a target's `complete` makes of a recipe. Layers that a preset leaves in 16 bits follow head and embedding:
+    they are in the type that the target chooses for those, and say nothing of it themselves."""
+    if recipe.name not in PRESETS or not recipe.overrides or not all(map(_is_half, recipe.overrides)):
+        return complete(recipe, unnamed)
+    done = complete(replace(recipe, overrides=()), unnamed)
+    half = next((each for each in (done.lm_head, done.embedding) if each.kind in HALVES), _BF16)
+    return replace(done, overrides=tuple(replace(each, precision=half) for each in recipe.overrides))
+
+
+def _is_half(override: Override) -> bool:
+    return override.precision.kind in HALVES
 
 
 def with_parts(

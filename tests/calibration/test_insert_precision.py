@@ -364,16 +364,16 @@ def test_a_calibrated_scale_that_is_missing_or_no_scale_is_refused(config: Model
     del scales["model.layers.1.self_attn.o_proj"]
     if scale is not None:
         scales["model.layers.1.self_attn.o_proj"] = scale
-    recipe = replace(load_recipe("fp8"), kv_cache="fp32")
     with pytest.raises(InputError, match=r"layers\.1\.self_attn\.o_proj") as caught:
-        apply_recipe(canonical_llama(config, MAX_SEQ_LEN), recipe, config, scales)
+        apply_recipe(canonical_llama(config, MAX_SEQ_LEN), load_recipe("fp8"), config, scales)
     assert caught.value.kind == "recipe.input_scale" and "--calibration" in caught.value.remedy
 
 
 def test_scales_of_inputs_are_weights_of_their_layer(config: ModelConfig) -> None:
     """Two layers share a structure and differ in their scales; a packed matrix takes that of its first part."""
     scales = input_scales(config)
-    first, second = apply_recipe(canonical_llama(config, MAX_SEQ_LEN), load_recipe("fp8"), config, scales).layers
+    recipe = replace(load_recipe("fp8"), overrides=())
+    first, second = apply_recipe(canonical_llama(config, MAX_SEQ_LEN), recipe, config, scales).layers
     assert first.structure is second.structure
     for index, layer in enumerate((first, second)):
         for name, module in (("self_attn.qkv_proj", "self_attn.q_proj"), ("mlp.gate_up_proj", "mlp.gate_proj")):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.presets import PRESETS, load_recipe, parse_precision, preset, read_recipe
+from calibration.presets import PRESETS, completed, load_recipe, parse_precision, preset, read_recipe
 from exporter.core.errors import InputError
 from exporter.core.recipe import KV_CACHES, TENSOR, Precision, Recipe, all_precisions
 
@@ -109,10 +109,48 @@ def test_presets_say_what_they_cost_and_need(name: str) -> None:
     listed = PRESETS[name]
     assert listed.needs == ("calibration text" if name in NEEDING_TEXT else "nothing")
     assert listed.recipe.calibrated == (name in NEEDING_TEXT)
-    found = re.fullmatch(r"([\d.]+) bits a weight(?:, lm_head ([\d.]+), embedding ([\d.]+))?", listed.costs)
+    parts = r"([\d.]+) bits a weight(?:(?:, layers\.0\.\* 16)?, lm_head ([\d.]+), embedding ([\d.]+))?"
+    found = re.fullmatch(parts, listed.costs)
     assert found is not None
     linear = float(found[1])
     assert listed.recipe.linear.bits <= linear <= listed.recipe.linear.bits + 2
+
+
+def test_fp8_leaves_the_first_layer_in_16_bits(tmp_path: Path) -> None:
+    """A file says otherwise: what it names comes after what its base has, and the last that matches holds."""
+    recipe, bf16 = preset("fp8"), Precision("bf16")
+    for index, expected in ((0, bf16), (1, recipe.linear), (10, recipe.linear)):
+        assert recipe.layer_precision(index, "mlp.up_proj") == expected
+    everywhere = 'base = "fp8"\n[layers."layers.0.*"]\nkind = "fp8"\nactivations = "fp8/tensor"\n'
+    plain = read_recipe(write(tmp_path / "plain.toml", everywhere))
+    assert all(plain.layer_precision(index, "mlp.up_proj") == recipe.linear for index in range(3))
+
+
+@pytest.mark.parametrize(
+    ("head", "embedding", "expected"),
+    [("fp16", "fp16", "fp16"), ("bf16", "bf16", "bf16"), ("int8/g32", "fp16", "fp16"), ("fp32", "fp32", "bf16")],
+)
+def test_a_layer_that_a_preset_leaves_alone_has_the_type_of_head_or_embedding(
+    head: str, embedding: str, expected: str
+) -> None:
+    """The target chooses that type as if no layer were in one: they follow it, they do not tell it."""
+    seen: list[Recipe] = []
+
+    def complete(recipe: Recipe, unnamed: frozenset[str]) -> Recipe:
+        seen.append(recipe)
+        return replace(recipe, lm_head=parse_precision(head), embedding=parse_precision(embedding))
+
+    found = load_recipe("fp8", complete=complete)
+    assert not seen[0].overrides and seen[0].linear == found.linear == preset("fp8").linear
+    assert [(each.pattern, each.precision.kind) for each in found.overrides] == [("layers.0.*", expected)]
+    assert completed(preset("w4a8"), frozenset(), complete).overrides == ()
+
+
+def test_overrides_of_a_file_are_what_it_says(tmp_path: Path) -> None:
+    """A target's `complete` sees them, and they stay."""
+    text = 'base = "fp8"\n[layers."layers.1.*"]\nkind = "fp16"\n'
+    found = load_recipe(write(tmp_path / "mine.toml", text), complete=lambda recipe, unnamed: recipe)
+    assert [each.precision.kind for each in found.overrides] == ["bf16", "fp16"]
 
 
 def test_calibrated_presets_round_and_store_like_their_plain_ones() -> None:
@@ -224,6 +262,15 @@ def test_the_documents_second_example_has_layers_of_their_own(tmp_path: Path) ->
     assert recipe.algorithms == ("gptq",) and recipe.options.damping == 0.02
     assert recipe.layer_precision(0, "mlp.up_proj") == recipe.layer_precision(5, "mlp.down_proj") == INT8
     assert recipe.layer_precision(5, "mlp.up_proj") == INT4
+
+
+def test_the_documents_plain_fp8_rounds_every_layer(tmp_path: Path) -> None:
+    text = next(
+        each for each in re.findall(r"```toml\n(.*?)```", DOCUMENT.read_text("utf-8"), re.S) if "fp8-plain" in each
+    )
+    recipe = load_recipe(write(tmp_path / "plain.toml", text))
+    assert recipe.name == "fp8-plain" and not recipe.algorithms
+    assert {recipe.layer_precision(index, "mlp.up_proj") for index in range(9)} == {preset("fp8").linear}
 
 
 def test_int6_has_no_zero_points(tmp_path: Path) -> None:
