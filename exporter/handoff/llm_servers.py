@@ -33,10 +33,6 @@ GPUS = {
     "W4A16_AWQ": "Ampere, Ada Lovelace, Hopper",
     "W4A8_AWQ": "Ada Lovelace, Hopper",
 }
-SEVERAL_GPUS = (
-    "Over several GPUs: `--tp_size N` here, `--tensor-parallel-size N` for vLLM, `--tp-size N` for SGLang; each cuts "
-    "the checkpoint as it loads it."
-)
 TRTLLM_READ = "TensorRT-LLM 1.2 and 1.3 (tensorrt_llm/commands/serve.py)"
 VLLM_READ = "vLLM 0.33 (vllm/engine/arg_utils.py, layers/quantization/modelopt.py)"
 SGLANG_READ = "SGLang 0.5.23 (sglang/srt/arg_groups, layers/quantization/modelopt_quant.py)"
@@ -52,11 +48,11 @@ def trtllm_serve(facts: ServingFacts) -> Route:
     name, title = "trtllm-serve", "TensorRT-LLM (PyTorch backend)"
     if why := _trtllm_refusal(facts):
         return Route(name, title, why=why, checked=TRTLLM_READ)
-    command = ("trtllm-serve", ENGINE_DIR, "--backend", "pytorch", *_parallel(facts, "--tp_size", "--pp_size"))
+    command = ("trtllm-serve", ENGINE_DIR, "--backend", "pytorch")
     limits = ("--max_batch_size", str(facts.max_batch), "--max_seq_len", str(facts.max_seq_len))
     gpus = GPUS.get(facts.checkpoint.algorithm)
     notes = (f"GPUs that compute {facts.checkpoint.algorithm}: {gpus}.",) if gpus else ()
-    return Route(name, title, ((*command, *limits),), notes=(*notes, SEVERAL_GPUS), checked=TRTLLM_READ)
+    return Route(name, title, ((*command, *limits),), notes=(*notes, _over_gpus("--tp_size")), checked=TRTLLM_READ)
 
 
 def _trtllm_refusal(facts: ServingFacts) -> str:
@@ -85,10 +81,9 @@ def vllm_serve(facts: ServingFacts) -> Route:
         *("vllm", "serve", ENGINE_DIR),
         *(("--quantization", method) if found.algorithm else ()),
         *(("--kv-cache-dtype", "fp8") if found.fp8_cache else ()),
-        *_parallel(facts, "--tensor-parallel-size", "--pipeline-parallel-size"),
         *("--max-model-len", str(facts.max_seq_len), "--max-num-seqs", str(facts.max_batch)),
     ]
-    return Route(name, title, (tuple(command),), checked=VLLM_READ)
+    return Route(name, title, (tuple(command),), notes=(_over_gpus("--tensor-parallel-size"),), checked=VLLM_READ)
 
 
 def sglang(facts: ServingFacts) -> Route:
@@ -104,14 +99,11 @@ def sglang(facts: ServingFacts) -> Route:
         *("python", "-m", "sglang.launch_server", "--model-path", ENGINE_DIR),
         *(("--quantization", method) if method else ()),
         *(("--kv-cache-dtype", "fp8_e4m3") if found.fp8_cache else ()),
-        *_parallel(facts, "--tp-size", "--pp-size"),
         *("--context-length", str(facts.max_seq_len), "--max-running-requests", str(facts.max_batch)),
     ]
-    return Route(name, title, (tuple(command),), checked=SGLANG_READ)
+    return Route(name, title, (tuple(command),), notes=(_over_gpus("--tp-size"),), checked=SGLANG_READ)
 
 
-def _parallel(facts: ServingFacts, tensor: str, pipeline: str) -> tuple[str, ...]:
-    """The flags of parallel ranks, left out where there is one."""
-    found = facts.checkpoint
-    sizes = ((tensor, found.tensor_parallel), (pipeline, found.pipeline_parallel))
-    return tuple(word for flag, size in sizes if size > 1 for word in (flag, str(size)))
+def _over_gpus(flag: str) -> str:
+    """Hugging Face checkpoints are whole files whatever the number of GPUs."""
+    return f"Over N GPUs add `{flag} N`: the server cuts the checkpoint as it loads it."

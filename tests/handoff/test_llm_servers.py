@@ -17,11 +17,10 @@ def flags(route: Route) -> dict[str, str]:
 
 
 def test_fp8_with_its_cache_goes_to_all_three() -> None:
-    found = checkpoint_facts(HF, "FP8", fp8_cache=True, tensor_parallel=2)
+    found = checkpoint_facts(HF, "FP8", fp8_cache=True)
     assert trtllm_serve(found).commands[0][:2] == ("trtllm-serve", "ENGINE_DIR")
     assert flags(trtllm_serve(found)) == {
         "--backend": "pytorch",
-        "--tp_size": "2",
         "--max_batch_size": "4",
         "--max_seq_len": "256",
     }
@@ -29,7 +28,6 @@ def test_fp8_with_its_cache_goes_to_all_three() -> None:
     assert flags(vllm_serve(found)) == {
         "--quantization": "modelopt",
         "--kv-cache-dtype": "fp8",
-        "--tensor-parallel-size": "2",
         "--max-model-len": "256",
         "--max-num-seqs": "4",
     }
@@ -37,7 +35,6 @@ def test_fp8_with_its_cache_goes_to_all_three() -> None:
         "--model-path": "ENGINE_DIR",
         "--quantization": "modelopt_fp8",
         "--kv-cache-dtype": "fp8_e4m3",
-        "--tp-size": "2",
         "--context-length": "256",
         "--max-running-requests": "4",
     }
@@ -66,6 +63,12 @@ def test_who_takes_what(form: str, algorithm: str) -> None:
     for route in found:
         assert bool(route.why) != route.open and route.checked
         assert route.open == route.to_json()["takes_it"]
+
+
+def test_every_server_is_told_how_to_use_several_gpus() -> None:
+    notes = [route.notes[-1] for route in routes(checkpoint_facts(HF, "FP8"))]
+    flags = ("--tp_size N", "--tensor-parallel-size N", "--tp-size N")
+    assert all(flag in note for flag, note in zip(flags, notes, strict=True))
 
 
 def test_int8_in_compressed_tensors_is_warned_of_where_it_would_be_misread() -> None:
