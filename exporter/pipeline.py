@@ -22,6 +22,7 @@ from exporter.core.progress import NoProgress, Progress, stage
 from exporter.core.recipe import Recipe
 from exporter.core.task import GENERATE, Task
 from exporter.core.traced import TracedModel
+from exporter.handoff.files import write_handoff
 from exporter.labels import LabelToken, named_labels
 from exporter.memory import check_peak
 from exporter.options import BuildOptions
@@ -124,6 +125,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildOutco
         report = _verify(job, checkpoint, numbers, graphs, staging, result, progress) if options.parity else None
         with stage(progress, "package"):
             manifest = _manifest(job, source_digest.result(), result, report)
+            write_handoff(manifest, staging)
             manifest, digest = write_manifest(staging, manifest)
     labels = tuple(named_labels(options.checkpoint, job.task, job.source))
     return BuildOutcome(options.out, digest, manifest, job.coverage, report, labels)

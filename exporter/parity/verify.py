@@ -15,10 +15,10 @@ from exporter.memory import release_free_memory
 from exporter.parity.basis import residual_basis
 from exporter.parity.engine import EngineResult, LogitSink, Unsimulated, verify_engine
 from exporter.parity.inputs import ParityInputs, ParityPlan, parity_inputs, read_text
-from exporter.parity.limits import eager_limits
+from exporter.parity.limits import SIMULATION_COARSE, eager_limits
 from exporter.parity.metrics import relative_l2_error
 from exporter.parity.reference import EagerModel
-from exporter.parity.report import Divergence, Proof, StageResult, VerifyReport, eager_checks
+from exporter.parity.report import Check, Divergence, Proof, StageResult, VerifyReport, eager_checks
 from exporter.parity.scoring import (
     Advance,
     Expectation,
@@ -175,9 +175,23 @@ def _run(
     seen: LogitSink | None = None,
 ) -> EngineResult:
     rows, roundoff = engine.limits.max_batch, engine.target.roundoff(engine.recipe)
-    return verify_engine(
+    result = verify_engine(
         engine.open, reference, simulation, inputs, engine.recipe, rows, advance, seen, roundoff=roundoff
     )
+    if not engine.stands_in or not isinstance(simulation, EagerModel):
+        return result
+    return replace(result, checks=(*result.checks, *_graph_checks(engine, simulation, inputs)))
+
+
+def _graph_checks(engine: EngineUnderTest, simulation: EagerModel, inputs: ParityInputs) -> tuple[Check, ...]:
+    """The graph of an engine that cannot run here beside its simulation, by another tool's runner and comparator."""
+    from exporter.parity.polygraphy_check import polygraphy_checks
+    from targets.tensorrt.engine_index import EngineIndex
+    from targets.tensorrt.file_names import MODEL
+
+    limit = None if simulation.rounds_activations else SIMULATION_COARSE
+    index = EngineIndex.read(engine.directory)
+    return polygraphy_checks(engine.directory / MODEL, simulation, inputs, index, limit, engine.threads)
 
 
 def _simulated(

@@ -22,7 +22,7 @@ from targets.tensorrt.build_progress import Report
 from targets.tensorrt.plan_report import EngineRequest, PlanReport
 
 WORKER = "targets.tensorrt.build_worker"
-LAST_LINES = 5
+LAST_LINES = 60
 
 
 def build_plan(model: Path, request: EngineRequest, out: Path, progress: Report) -> PlanReport:

@@ -6,7 +6,7 @@ from pathlib import Path
 from exporter.core.config import ModelConfig
 from exporter.core.task import Task
 
-BATCH, SEQUENCE = "batch", "sequence"
+BATCH, SEQUENCE = "B", "S"
 """Dimensions that a step chooses; every other one is fixed."""
 TYPE_NAMES = {"fp16": "float16", "bf16": "bfloat16"}
 
