@@ -30,23 +30,20 @@ PATIENCE_S = 10.0
 """After an interrupt, for the compiler's processes to end by themselves."""
 
 
-def build_command(checkpoint: Path | str, limits: Limits, engine: EngineOptions) -> list[str]:
-    """What compiles a checkpoint into `checkpoint/engine`: one engine for each rank, several at a time."""
+def build_command(checkpoint: Path | str, limits: Limits | None, engine: EngineOptions) -> list[str]:
+    """What compiles a checkpoint into `checkpoint/engine`: one engine for each rank, all at a time."""
     ranks = engine.tensor_parallel * engine.pipeline_parallel
-    prompt = min(engine.max_prompt or limits.max_seq_len, limits.max_seq_len)
-    return [
-        COMMAND,
-        *("--checkpoint_dir", str(checkpoint)),
-        *("--output_dir", str(Path(checkpoint) / ENGINE)),
-        *("--max_batch_size", str(limits.max_batch)),
-        *("--max_input_len", str(prompt)),
-        *("--max_seq_len", str(limits.max_seq_len)),
-        *("--workers", str(ranks)),
-    ]
+    command = [COMMAND, "--checkpoint_dir", str(checkpoint), "--output_dir", str(Path(checkpoint) / ENGINE)]
+    if limits is not None:
+        prompt = min(engine.max_prompt or limits.max_seq_len, limits.max_seq_len)
+        command += ["--max_batch_size", str(limits.max_batch), "--max_input_len", str(prompt)]
+        command += ["--max_seq_len", str(limits.max_seq_len)]
+    return [*command, "--workers", str(ranks)]
 
 
-def compiler_missing(limits: Limits, engine: EngineOptions) -> UnsupportedError | None:
-    """Why engines cannot be compiled here, with the command to run elsewhere; None where they can."""
+def compiler_missing(limits: Limits | None, engine: EngineOptions) -> UnsupportedError | None:
+    """Why engines cannot be compiled here, with the command to run elsewhere; None where they can. Without limits the
+    command leaves TensorRT-LLM's own."""
     if shutil.which(COMMAND) is not None:
         return None
     command = " ".join(build_command("CHECKPOINT", limits, engine))

@@ -26,6 +26,7 @@ from targets.base import BuildSource
 from targets.tensorrt_llm.formats import FLOAT_TYPES
 from targets.tensorrt_llm.shards import Piece, Shards
 from targets.tensorrt_llm.tensor_file import DTYPES, TensorFile
+from targets.tensorrt_llm.trtllm_build import LAST_VERSION, build_command
 from targets.tensorrt_llm.trtllm_config import (
     FLOAT,
     KV_ALGORITHMS,
@@ -96,6 +97,8 @@ def _report(source: BuildSource, shards: Shards) -> dict[str, object]:
         "kv_cache_quant_algo": KV_ALGORITHMS.get(source.recipe.kv_cache),
         "tensor_parallel": shards.tp,
         "pipeline_parallel": shards.pp,
+        "compile": build_command(".", source.limits, source.engine),
+        "compile_with": f"tensorrt-llm {LAST_VERSION} or older, on the GPUs that the engines are for",
     }
     if algorithm in WEIGHT_ONLY:
         report["note"] = "weights are floats in the files; trtllm-build rounds them when it loads them"
