@@ -5,20 +5,20 @@ A form is chosen by what TensorRT-RTX 1.7 makes of it, as its builder reports th
 float    values in their own type: one product
 rows     8-bit codes and a float32 scale for each row. With rounded inputs: one 8-bit product into float32. Without:
          one kernel that decodes while it multiplies
-int4     codes and half-precision scales of blocks: one kernel that decodes while it multiplies. A row of one scale is
-         cut into blocks, for otherwise it would be decoded apart
+int4     codes and half-precision scales of blocks: one kernel that decodes while it multiplies
 blocks   8-bit codes and float32 scales of blocks: decoded to half precision by a kernel of its own in every step
 nvfp4    E2M1 codes, E4M3 scales of blocks of 16, a float32: with rounded inputs one FP4 product, else decoded apart
 """
 
 from typing import Literal
 
-from calibration.coverage import kernel_group
 from exporter.core.recipe import CHANNEL, TENSOR, Precision, Recipe
 from targets.base import ActivationRounding
-from targets.tensorrt.block_scales import BLOCK
 
 Form = Literal["float", "rows", "int4", "blocks", "nvfp4"]
+INT4_BLOCKS = (128, 64, 32, 16)
+"""That TensorRT decodes while it multiplies."""
+SCALE_BITS: dict[Form, int] = {"rows": 32, "int4": 16, "blocks": 32, "nvfp4": 8}
 ROUNDINGS: dict[str, ActivationRounding] = {
     "int8/token": "token",
     "int8/tensor": "tensor",
@@ -49,8 +49,16 @@ def activation_rounding(precision: Precision) -> ActivationRounding | None:
 
 
 def stored_group(precision: Precision, width: int) -> int:
-    """Weights of a row of `width` that have one scale in the file; 0 where blocks are wanted and none divides it."""
-    return kernel_group(precision, width) if form_of(precision) == "int4" else precision.group_of(width)
+    """Weights of a row of `width` that have one scale in the file; 0 where int4 has no block that divides it.
+
+    int4: larger groups are cut into blocks, their scales repeated. A block as wide as the row would be taken for a
+    scale of the row, and the matrix decoded apart in every step.
+    """
+    group = precision.group_of(width)
+    if form_of(precision) != "int4":
+        return group
+    fitting = [block for block in INT4_BLOCKS if group % block == 0]
+    return next((block for block in fitting if block < width), max(fitting, default=0))
 
 
 def arithmetic(recipe: Recipe) -> str:
@@ -60,13 +68,13 @@ def arithmetic(recipe: Recipe) -> str:
 
 
 def matrix_bits(precision: Precision, rows: int, width: int) -> int:
-    """Bits of a matrix [rows, width] in model.onnx.data: codes and scales. A matrix with one scale for all has it in
-    model.onnx, as has the one of an NVFP4 matrix."""
+    """Bits of a matrix [rows, width] in model.onnx.data: codes and scales. Not counted: the scale of a whole matrix,
+    which lies in model.onnx, or for each row of a stack of such matrices."""
     form = form_of(precision)
     if form == "float":
         return rows * width * precision.bits
     codes = rows * width * (4 if precision.bits == 4 else 8)
-    if form == "nvfp4":
-        return codes + rows * (width // BLOCK) * 8
+    if precision.group_size == TENSOR:
+        return codes
     groups = width // (stored_group(precision, width) or width)
-    return codes + rows * groups * (16 if form == "int4" else 32)
+    return codes + rows * groups * SCALE_BITS[form]

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration.codecs import pack_nibbles
+from calibration.positive_scales import positive_scales
 from exporter.core.canonical import CheckpointWeight
 from exporter.core.checkpoint import Checkpoint
 from exporter.core.errors import UnsupportedError
@@ -78,6 +79,7 @@ class TypedWeights(ExternalData):
         for start, chunk in self._chunks(weight, (rows, width)):
             if not isinstance(chunk, QuantizedRows):
                 raise TypeError(f"rows of {name} are {chunk.dtype}, not {precision.describe()}")
+            chunk = positive_scales(chunk)
             part = slice(start, start + len(chunk.codes))
             self._write(codes.offset + start * (codes.length // rows), _stored_codes(chunk, packed))
             scales[part] = chunk.scales
