@@ -72,14 +72,23 @@ def native_section(facts: ServingFacts) -> str:
     """What serving.md says about Triton's own backends."""
     if facts.target not in ("onnxruntime", "tensorrt"):
         return ""
-    title = "## Triton's own backends"
-    if facts.target == "tensorrt" and not is_plan(facts):
-        why = "This plan is one of TensorRT-RTX, and Triton's TensorRT backend reads plans of TensorRT alone"
-        return f"{title}\n\n{why}: use the python backend above, or build again where `tensorrt` is installed."
-    if not native_files(facts):
-        why = "Its caches must keep their address from step to step, which Triton's TensorRT backend does not do"
-        return f"{title}\n\n{why}: use the python backend above."
-    return f"{title}\n\n```\n{_copies(facts)}\n```\n\n{_limits(facts)}"
+    why = _refusal(facts)
+    body = f"{why}: use the python backend above." if why else f"```\n{_copies(facts)}\n```\n\n{_limits(facts)}"
+    return f"## Triton's own backends\n\n{body}"
+
+
+def _refusal(facts: ServingFacts) -> str:
+    """Why no backend of Triton's takes the engine; empty where one does."""
+    if native_files(facts):
+        return ""
+    if facts.target == "tensorrt" and not facts.task.classifies:
+        return "Its caches must keep their address from step to step, which Triton's TensorRT backend does not do"
+    if facts.target == "tensorrt":
+        return (
+            "This is a plan of TensorRT-RTX, and Triton's TensorRT backend reads those of TensorRT alone (built where "
+            "`tensorrt` is installed, it would have a config.pbtxt here)"
+        )
+    return "Its inputs or outputs have a type that Triton has no name for"
 
 
 def _copies(facts: ServingFacts) -> str:

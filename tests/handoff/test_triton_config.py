@@ -106,7 +106,7 @@ def test_what_tritons_own_backends_do_not_take_is_said() -> None:
     assert not native_files(generating) and "caches must keep their address" in native_section(generating)
     assert not native_files(facts("tvm")) and not native_section(facts("tvm"))
     odd = facts(inputs={"x": facts().inputs["input_ids"], "y": type(facts().inputs["input_ids"])("float8e4m3fn", ())})
-    assert not native_files(odd)
+    assert not native_files(odd) and "no name for" in native_section(odd)
 
 
 def test_native_models_stand_apart_from_the_repository(tmp_path: Path) -> None:
