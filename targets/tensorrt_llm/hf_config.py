@@ -70,8 +70,8 @@ def _group(details: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def excluded_modules(quantized: Iterable[str], plain: Iterable[str]) -> list[str]:
-    """Modules that are not quantized, as ModelOpt sums them up: a name, or `prefix.*` where nothing quantized begins
-    like it (quant_utils.py, `_prefix_wildcard_summarize_exclude_modules`)."""
+    """Modules that are not quantized, as ModelOpt sums them up: a name, or `prefix*` or `prefix.*` where nothing
+    quantized begins so (quant_utils.py, `_prefix_wildcard_summarize_exclude_modules`)."""
     coded = list(quantized)
     found: set[str] = set()
     for name in (*ALWAYS_EXCLUDED, *plain):
@@ -85,6 +85,8 @@ def _summary(name: str, quantized: list[str]) -> str:
         prefix = ".".join(parts[:count])
         if not any(module.startswith(prefix) for module in quantized):
             return f"{prefix}*"
+        if not any(module.startswith(f"{prefix}.") for module in quantized):
+            return f"{prefix}.*"
     return name
 
 

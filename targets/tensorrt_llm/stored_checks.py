@@ -243,9 +243,9 @@ class ModuleTensors:
 
 def by_group(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """float32 [n, K] times the scales [n, G] of its groups."""
-    count, width = values.shape
-    grouped = values.astype(np.float32).reshape(count, scales.shape[1], -1) * scales.astype(np.float32)[:, :, None]
-    return grouped.reshape(count, width)
+    (count, width), groups = values.shape, scales.shape[1]
+    parts = values.astype(np.float32).reshape(count, groups, width // groups)
+    return (parts * scales.astype(np.float32)[:, :, None]).reshape(count, width)
 
 
 def e2m1(codes: np.ndarray) -> np.ndarray:
