@@ -11,8 +11,8 @@ class RecordedWork:
     """Calls `enqueue` the first time, records it the second time, launches the recording from then on.
 
     The first call has to run outside a recording: TensorRT finishes there what a change of shapes left to do, which
-    may wait for the GPU (TensorRT documentation, "CUDA Graphs"). Addresses and shapes must be the same in every call.
-    Where recording fails, work is queued call by call, and `refused` says why.
+    may wait for the GPU (TensorRT documentation, "CUDA Graphs"). Addresses and shapes must be the same in every call
+    until `forget`. Where recording fails, work is queued call by call from then on, and `refused` says why.
     """
 
     def __init__(self, buffers: DeviceBuffers, enqueue: Callable[[], None]) -> None:
@@ -20,6 +20,7 @@ class RecordedWork:
         self._warm = False
         self._executable: int | None = None
         self.refused = ""
+        buffers.on_close(self.forget)
 
     def __call__(self) -> None:
         if self._executable is None and self._warm and not self.refused:
@@ -33,6 +34,9 @@ class RecordedWork:
     def forget(self) -> None:
         """Shapes or addresses changed: start over."""
         self._warm = False
+        executable, self._executable = self._executable, None
+        if executable is not None:
+            self._buffers.driver.call("cuGraphExecDestroy", executable)
 
     @property
     def recorded(self) -> bool:
@@ -61,6 +65,4 @@ class RecordedWork:
 
     def _instantiate(self, graph: int) -> None:
         driver = self._buffers.driver
-        executable: int = driver.filled(ctypes.c_void_p, "cuGraphInstantiateWithFlags", graph, 0)
-        self._buffers.on_close(lambda: driver.call("cuGraphExecDestroy", executable))
-        self._executable = executable
+        self._executable = driver.filled(ctypes.c_void_p, "cuGraphInstantiateWithFlags", graph, 0)

@@ -87,9 +87,8 @@ class TensorRtExecution:
 
     @property
     def graph_refused(self) -> str:
-        """Why decoding steps are not replayed as a CUDA graph; empty where they are, or where it is not known yet."""
-        step = self._profiles.get(DECODE)
-        return step.work.refused if step else ""
+        """Why steps are not replayed as a CUDA graph; empty where they are, or where it is not known yet."""
+        return next((step.work.refused for step in self._profiles.values() if step.work.refused), "")
 
     def step(self, step: Step, profile: str) -> StepResult:
         if self._buffers is None:
@@ -190,15 +189,16 @@ class _ProfileStep:
         widest: int,
     ) -> None:
         self._loaded, self._buffers, self._wanted = loaded, buffers, wanted
-        self._context = loaded.context(profile, buffers.stream)
+        # Steps of one width again and again: decoding, and prompts that a classifier gets padded to one length.
+        repeats = profile == DECODE or not loaded.index.has_cache
+        self._context = loaded.context(profile, buffers.stream, repeats)
         self._offsets, self._nbytes = _layout(wanted, widest)
         self._host, self._device = buffers.pinned(self._nbytes), buffers.device(self._nbytes)
         own = {name: self._device + offset for name, offset in self._offsets.items()}
         for name, address in (shared | own).items():
             self._require(self._context.set_tensor_address(name, address), f"the address of {name}")
         self._width = 0
-        # TensorRT-RTX records by itself; steps of varying width would be recorded anew each time.
-        self._replays = profile == DECODE and not loaded.records_graphs
+        self._replays = repeats and not loaded.records_graphs
         self.work = RecordedWork(buffers, self._enqueue)
 
     def run(self, step: Step) -> None:
@@ -215,6 +215,7 @@ class _ProfileStep:
             self._enqueue()
 
     def _reshape(self, width: int) -> None:
+        self.work.forget()
         for name, tensor in self._wanted.items():
             if name in self._offsets or name.startswith("past_key_values."):
                 self._require(self._context.set_input_shape(name, tensor.of(width)), f"{name} {tensor.of(width)}")

@@ -41,18 +41,18 @@ class LoadedEngine:
             raise loaded.refused(f"{trt.__name__} {trt.__version__} cannot load {PLAN}")
         return loaded
 
-    def context(self, profile: str, stream: int) -> Any:
+    def context(self, profile: str, stream: int, repeats: bool) -> Any:
         """An execution context for one profile, with activations for it alone (ON_PROFILE_CHANGE): the other one's
         may be many times larger.
 
-        TensorRT-RTX records CUDA graphs itself (CudaGraphStrategy.WHOLE_GRAPH_CAPTURE): kernels change under a caller
-        that would, once those for its shapes are compiled. The decoding step has one shape, so its kernels are made at
-        once; others are made while slower ones serve.
+        `repeats`: its steps have one shape, or few. TensorRT-RTX then records CUDA graphs itself (CudaGraphStrategy
+        .WHOLE_GRAPH_CAPTURE): kernels change under a caller that would, once those for its shapes are compiled. They
+        are compiled at once then; where shapes vary, while slower ones serve.
         """
         config = self.engine.create_runtime_config()
         strategy = self.trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         config.set_execution_context_allocation_strategy(strategy)
-        if self.records_graphs and profile == "decode":
+        if self.records_graphs and repeats:
             config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             eager = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
             config.dynamic_shapes_kernel_specialization_strategy = eager

@@ -227,3 +227,15 @@ def test_without_a_gpu_opening_says_so(engine, monkeypatch):
     Path(engine.folder / "engine.plan").write_bytes(b"not looked at")
     with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
         open_engine(engine.folder, engine.checkpoint.config, LIMITS, RunOptions())
+
+
+def test_a_classifier_is_recorded_while_prompts_are_as_wide_as_before(tiny_checkpoint, tmp_path):
+    """A new width is a new recording; the old one is destroyed."""
+    opened = Opened(contract_engine(tiny_checkpoint("gqa"), tmp_path, labels=(7, 12)))
+    with opened.runner as runner:
+        for width in (5, 5, 5, 5, 9, 9, 9):
+            runner.prefill(np.ones((1, width), np.int64), np.array([width]))
+        (context,) = opened.trt.contexts
+        assert context.runs == 7 and opened.launches() == 3 + 2 and context.executions == 2 + 2
+        assert opened.cuda.calls.count("cuGraphExecDestroy") == 1
+    assert not +opened.cuda.alive
