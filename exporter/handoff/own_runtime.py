@@ -50,7 +50,8 @@ def _triton(facts: ServingFacts) -> Route:
 TRITON_NOTES = (
     "Triton's python backend over this package: install it, with the same extra, into the container's Python "
     "(examples/triton has a Dockerfile). The model finds the engine by its own place, two directories above it; the "
-    "parameter `engine` of config.pbtxt names another.",
+    "parameter `engine` of config.pbtxt names another. Mount the directory read-only, or set "
+    "PYTHONDONTWRITEBYTECODE=1.",
     "The second command sends text as it is generated (a decoupled model, for gRPC and /generate_stream); with the "
     "first, requests are answered whole, and together.",
 )

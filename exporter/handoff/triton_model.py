@@ -5,6 +5,7 @@ through a sender, the last with a flag). Requests that are alike run as one batc
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -42,11 +43,13 @@ class TritonPythonModel:
         self._pb: Any = import_module("triton_python_backend_utils")
         settings = json.loads(args["model_config"])
         given = {name: entry["string_value"] for name, entry in settings.get("parameters", {}).items()}
-        directory = Path(args["model_repository"], given.get("engine", "../..")).resolve()
+        model = Path(args["model_repository"])
+        _remove_bytecode(model / args["model_version"])
         self._default_tokens = int(given.get("max_new_tokens", "128"))
         self._decoupled = bool(settings.get("model_transaction_policy", {}).get("decoupled", False))
         digest = given.get("digest") or None
         rows, threads = int(given.get("rows", "1")), int(given.get("threads", "0"))
+        directory = (model / given.get("engine", "../..")).resolve()
         self._engine: Engine = load(directory, threads=threads, batch=rows, expect_digest=digest)
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
@@ -143,8 +146,8 @@ class TritonPythonModel:
         texts = self._prompt_texts(request)
         limit = self._option(request, "max_new_tokens", self._default_tokens)
         sampling = Sampling(
-            float(self._option(request, "temperature", 0.0)),
-            float(self._option(request, "top_p", 1.0)),
+            _shortest(self._option(request, "temperature", 0.0)),
+            _shortest(self._option(request, "top_p", 1.0)),
             int(self._option(request, "seed", 0)),
         )
         return [Prompt(text, int(limit), sampling) for text in texts]
@@ -193,6 +196,17 @@ def batches(rows: Sequence[Prompt], size: int) -> list[list[int]]:
             groups.setdefault(row.max_new_tokens, []).append(index)
     together = [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
     return [*together, *alone]
+
+
+def _remove_bytecode(version: Path) -> None:
+    """Python leaves a __pycache__ beside the model.py that Triton has just imported, and the directory is part of an
+    artifact, where `load` accepts no file that the manifest does not list."""
+    shutil.rmtree(version / "__pycache__", ignore_errors=True)
+
+
+def _shortest(value: Any) -> float:
+    """A float32 as its shortest decimal: 0.8 of a request is the 0.8 of the command line."""
+    return float(str(value))
 
 
 def _texts(values: Sequence[str]) -> np.ndarray:

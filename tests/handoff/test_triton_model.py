@@ -66,8 +66,8 @@ def test_rows_of_one_request_and_of_others_are_told_apart(model: Any) -> None:
 
 
 def test_a_seed_gives_the_same_text_whatever_runs_beside_it(engine: Path, model: Any) -> None:
-    options = {"max_new_tokens": 6, "temperature": 0.5, "top_p": 0.75, "seed": 3}
-    wanted = run(engine, PROMPTS[0], "--max-new-tokens", "6", "--temperature", "0.5", "--top-p", "0.75", "--seed", "3")
+    options = {"max_new_tokens": 6, "temperature": 0.8, "top_p": 0.9, "seed": 3}
+    wanted = run(engine, PROMPTS[0], "--max-new-tokens", "6", "--temperature", "0.8", "--top-p", "0.9", "--seed", "3")
     others = [request([PROMPTS[1]], max_new_tokens=6), request([PROMPTS[2]], **{**options, "seed": 4})]
     answers = model.execute([*others, request([PROMPTS[0]], **options)])
     assert answers[-1].outputs()["output_ids"].tolist() == [wanted["output_ids"]]
@@ -126,6 +126,21 @@ def test_a_copied_repository_names_its_engine(engine: Path, tmp_path: Path) -> N
     copied = Path(shutil.copytree(engine / "triton", tmp_path / "models")) / "enginesmith"
     with served(copied, engine=str(engine), threads="1") as loaded:
         assert loaded.execute([request(["a"], max_new_tokens=1)])[0].error is None
+
+
+def test_numbers_of_requests_are_those_that_were_typed(model: Any) -> None:
+    (prompt,) = model._prompts(request(["a"], temperature=0.8, top_p=0.9, seed=7))
+    assert prompt.sampling == Sampling(0.8, 0.9, 7)
+
+
+def test_bytecode_that_python_leaves_in_the_artifact_is_no_fault(engine: Path) -> None:
+    """Triton imports model.py from the artifact before `initialize`."""
+    left = engine / "triton" / "enginesmith" / "1" / "__pycache__"
+    left.mkdir()
+    (left / "model.cpython-312.pyc").write_bytes(b"")
+    with served(engine / "triton" / "enginesmith", threads="1") as loaded:
+        assert loaded.execute([request(["a"], max_new_tokens=1)])[0].error is None
+    assert not left.exists()
 
 
 def test_streamed_pieces_make_the_text(engine: Path, streaming: Any) -> None:
