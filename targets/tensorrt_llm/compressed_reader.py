@@ -208,7 +208,9 @@ def _packed(parts: ModuleTensors, weights: Arguments, start: int, stop: int) -> 
     _, width = parts.rows("weight_shape", 0, 2).tolist()
     shifts = np.arange(0, 32, weights.bits, dtype=np.uint32)
     unsigned = (words.view(np.uint32)[:, :, None] >> shifts) & np.uint32((1 << weights.bits) - 1)
-    codes = unsigned.reshape(len(words), -1)[:, :width].astype(np.int32) - (1 << (weights.bits - 1))
+    codes = unsigned.reshape(len(words), unsigned.shape[1] * len(shifts))[:, :width].astype(np.int32) - (
+        1 << (weights.bits - 1)
+    )
     return by_group(codes, parts.rows("weight_scale", start, stop))
 
 
