@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from targets.tensorrt.kernel_report import HEADING
+
 LEVELS = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
 ERRORS = ("INTERNAL_ERROR", "ERROR")
 # `IBuilder::build...: Error Code 1: Myelin ([pass.cpp:1500: run_passes] MESSAGE In compileGraph at /_src/x.cpp:2012)`
@@ -23,7 +25,7 @@ class BuildLog:
         self.messages: list[tuple[str, str]] = []
 
     def add(self, level: str, text: str) -> None:
-        if level in LEVELS:
+        if level in LEVELS or text.startswith(HEADING):
             self.messages.append((level, text))
 
     @property

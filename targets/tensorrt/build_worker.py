@@ -1,8 +1,8 @@
 """The process that builds one plan: `python -m targets.tensorrt.build_worker FD`, started by targets.tensorrt.builder.
 
 Its first line of standard input is the job as JSON; messages go as JSON lines to the file descriptor FD: `progress`
-[fraction, detail], then `report` or `error`. It ends as soon as its standard input does, so it never outlives its
-parent.
+[fraction, detail], then `report`, `error`, or for a fault of our own `fault`. It ends as soon as its standard input
+does, so it never outlives its parent.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import TextIO
 
@@ -29,6 +30,8 @@ def main() -> None:
             _send(messages, report=_build(job, messages))
         except EngineSmithError as error:
             _send(messages, error={"class": type(error).__name__, **error.to_json()})
+        except Exception:
+            _send(messages, fault=traceback.format_exc())
 
 
 def _build(job: dict[str, str], messages: TextIO) -> dict[str, object]:

@@ -48,8 +48,10 @@ def _converse(job: dict[str, str], request: EngineRequest, progress: Report) -> 
                 progress(*message["progress"])
             elif "report" in message:
                 return PlanReport.from_json(message["report"])
-            else:
+            elif "error" in message:
                 raise _error(message["error"])
+            else:
+                raise RuntimeError(f"the process that builds failed: {message['fault']}")
         raise _crashed(worker.wait(), printed, request)
 
 

@@ -15,6 +15,7 @@ from exporter.core.gpu_needs import GpuNeeds
 from targets.tensorrt.build_progress import BuildProgress, Report, make_monitor
 from targets.tensorrt.devices import FLOORS, PORTABLE
 from targets.tensorrt.find_node import describe, failing_node
+from targets.tensorrt.kernel_report import Kernel, inspected_kernels, kernel_report, logged_kernels
 from targets.tensorrt.layer_report import LayerReport, layer_report
 from targets.tensorrt.network import (
     Parsed,
@@ -137,6 +138,7 @@ def _report(parsed: Parsed, request: EngineRequest, layers: LayerReport, out: Pa
         request.profiles,
         request.flags,
         layers.to_json(),
+        kernel_report(engine_kernels(parsed, out), [profile.name for profile in request.profiles]),
         plan_bytes,
         log.figure("Weights"),
         activation,
@@ -146,6 +148,19 @@ def _report(parsed: Parsed, request: EngineRequest, layers: LayerReport, out: Pa
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         log.warnings,
     )
+
+
+def engine_kernels(parsed: Parsed, plan: Path) -> list[Kernel]:
+    """What the builder told, or the engine itself where there is the GPU that TensorRT builds for."""
+    kernels = logged_kernels(text for _, text in parsed.log.messages)
+    if kernels or parsed.toolkit.is_rtx:
+        return kernels
+    module = parsed.toolkit.module
+    runtime = module.Runtime(parsed.logger)
+    # Version-compatible plans carry the code that loads them.
+    runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+    return [] if engine is None else inspected_kernels(engine, module)
 
 
 def capabilities_of(toolkit: Toolkit, request: EngineRequest, layers: LayerReport) -> tuple[str, ...]:

@@ -13,21 +13,20 @@ NAMES, DETAILED = "names", "detailed"
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """One build. `verbosity`: whether the engine tells an inspector its layers' names alone, or all of them."""
+    """One build. `verbosity`: whether the builder and an inspector tell the kernels' names alone, or their types too;
+    plans of TensorRT-RTX have the same size either way."""
 
     device: BuildDevice
     profiles: tuple[Profile, ...]
     version_compatible: bool = False
     hardware_compatible: bool = False
     timing_cache: Path | None = None
-    verbosity: str = NAMES
+    verbosity: str = DETAILED
 
     @classmethod
     def of(cls, device: BuildDevice, profiles: tuple[Profile, ...], options: EngineOptions) -> "EngineRequest":
         """What the command line asks for, once `resolve_device` has accepted it."""
-        return cls(
-            device, profiles, options.version_compatible, options.hardware_compatible, options.timing_cache, NAMES
-        )
+        return cls(device, profiles, options.version_compatible, options.hardware_compatible, options.timing_cache)
 
     @property
     def flags(self) -> list[str]:
@@ -61,8 +60,9 @@ def _range(values: list[int]) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """One plan. `layers` is what targets.tensorrt.layer_report read from the network; `requirements` goes into the
-    manifest as `requirements["gpu"]`.
+    """One plan. `layers` is what targets.tensorrt.layer_report read from the network, `kernels` what
+    targets.tensorrt.kernel_report read of the compiled engine (nothing where it told none); `requirements` goes into
+    the manifest as `requirements["gpu"]`.
 
     `activation_bytes` and `weights_bytes` are the builder's own figures (0 where it told none); `input_bytes` counts
     caches, inputs and outputs of the largest step; `peak_bytes` is what the process that built held resident.
@@ -75,6 +75,7 @@ class PlanReport:
     profiles: tuple[Profile, ...]
     flags: list[str]
     layers: dict[str, Any]
+    kernels: dict[str, Any]
     plan_bytes: int
     weights_bytes: int
     activation_bytes: int

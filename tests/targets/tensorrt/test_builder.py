@@ -59,6 +59,9 @@ def test_a_plan_is_built_and_told_about(tmp_path: Path, precision: str, products
     assert report.layers["matmuls"]["lm_head.matmul"] == {"HALF": 1}
     assert sum(report.layers["matmuls"]["layers.*.q.matmul"].values()) == 2
     assert report.layers["layers"]["ROTARY_EMBEDDING"] == 4
+    for step in ("decode", "prefill"):
+        kernels = report.kernels[step]
+        assert set(kernels["products"]) == set(products) and sum(kernels["attention"].values()) == 2, kernels
     caches = 2 * 2 * 4 * KV_HEADS * CACHE * 32 * 2
     assert report.input_bytes == caches + 2 * 4 * 32 * 8 + 2 * 4 * 8 + 4 * LABELS * 4
     assert report.requirements["memory_bytes"] == report.plan_bytes + report.activation_bytes + report.input_bytes
@@ -161,6 +164,14 @@ def test_a_crash_of_the_compiler_is_an_error(tmp_path: Path, monkeypatch: pytest
         build(Decoder(layers=1).model(), tmp_path)
     assert refused.value.kind == "tensorrt.crashed"
     assert "signal 6" in refused.value.message and "boom" in refused.value.message
+
+
+def test_a_fault_of_our_own_keeps_its_trace(tmp_path: Path) -> None:
+    """No device that `resolve_device` gives has such a capability."""
+    request = EngineRequest(BuildDevice("tensorrt_rtx", ("unheard of",)), PROFILES)
+    with pytest.raises(RuntimeError, match="Traceback"):
+        build(Decoder(layers=1).model(), tmp_path, request)
+    assert not (tmp_path / "engine.plan").exists()
 
 
 def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:

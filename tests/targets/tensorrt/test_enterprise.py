@@ -1,6 +1,7 @@
 """TensorRT's own path, which times kernels on a GPU: what is asked of its module, with TensorRT-RTX's real parser and
 builder behind a module that has what `tensorrt` 11.4 has and nothing that RTX has alone."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,25 @@ class FakeBuilder:
         return True
 
 
+class FakeRuntime:
+    """Loads the plan and shows its kernels as TensorRT's developer guide prints them."""
+
+    engine_host_code_allowed = False
+
+    def deserialize_cuda_engine(self, plan: bytes) -> "FakeRuntime":
+        assert plan == b"plan" and self.engine_host_code_allowed
+        return self
+
+    def create_engine_inspector(self) -> "FakeRuntime":
+        return self
+
+    def get_engine_information(self, form: Any) -> str:
+        assert form == rtx.LayerInformationFormat.JSON
+        codes = [{"Name": "x", "Dimensions": [16, 512], "Format/Datatype": "Row major linear FP8 format"}]
+        product = {"Name": "layers.0.q.matmul_myl1_2", "LayerType": "gemm", "Inputs": codes, "Constants": codes}
+        return json.dumps({"Layers": [product, "a name alone"], "Bindings": ["input_ids"]})
+
+
 class FakeTensorRT:
     """A module `tensorrt`: RTX's classes without `ComputeCapability`, and a builder that needs no GPU."""
 
@@ -97,6 +117,9 @@ class FakeTensorRT:
             raise AttributeError(name)
         return getattr(rtx, name)
 
+    def Runtime(self, logger: Any) -> "FakeRuntime":
+        return FakeRuntime()
+
     def Builder(self, logger: Any) -> FakeBuilder:
         return FakeBuilder(self, logger)
 
@@ -109,7 +132,7 @@ def build(folder: Path, module: FakeTensorRT, request: EngineRequest) -> Any:
 
 def test_a_plan_for_the_gpu_at_hand(tmp_path: Path) -> None:
     module = FakeTensorRT()
-    report = build(tmp_path, module, EngineRequest(HOPPER, PROFILES, verbosity="detailed"))
+    report = build(tmp_path, module, EngineRequest(HOPPER, PROFILES))
     assert (tmp_path / "engine.plan").read_bytes() == b"plan" and report.plan_bytes == 4
     assert report.built_by == "TensorRT 11.4.0.106 for SM90" and report.flags == []
     assert report.requirements["toolkit"] == "tensorrt" and report.requirements["compute_capabilities"] == ["9.0"]
@@ -117,6 +140,7 @@ def test_a_plan_for_the_gpu_at_hand(tmp_path: Path) -> None:
     assert module.config.flags == [] and "hardware_compatibility_level" not in module.config.set
     assert module.config.set["profiling_verbosity"] == rtx.ProfilingVerbosity.DETAILED
     assert module.config.real.num_optimization_profiles == 2
+    assert report.kernels == {"prefill": {"kernels": {"gemm": 1}, "products": {"FP8": 1}, "attention": {}}}
 
 
 def test_compatible_plans(tmp_path: Path) -> None:
