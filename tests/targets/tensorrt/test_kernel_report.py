@@ -5,7 +5,7 @@ from typing import Any
 
 from targets.tensorrt.kernel_report import Kernel, inspected_kernels, kernel_report, logged_kernels
 
-FP8 = "Dimensions: [-1,128], Strides: [128,1], StrideOrder: [1,0], Datatype: FP8, Format: (Linear) Row major linear format"
+FP8 = "Dimensions: [-1,128], Strides: [128,1], StrideOrder: [1,0], Datatype: FP8, Format: (Linear) Row major"
 LOG = f"""Layers:
 Name: __mye4078_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0
 Name: l.v+l.q_myl0_2, LayerType: gemm, Inputs: [ {{ Name: x.1_myl0, {FP8} }}], Constants: [ {{ Name: c1, {FP8} }}, {{ Name: c2, Dimensions: [], Datatype: Float, Format: Linear }}], Outputs: [ {{ Name: y, Dimensions: [-1,4], Datatype: Half, Format: L }}], TacticName: __myelin_CASK_STUB, StreamId: 0, Metadata: [ONNX Layer: l.q]
