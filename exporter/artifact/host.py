@@ -5,10 +5,26 @@ from typing import Any
 
 from exporter.artifact.gpu_fit import Mismatch as Mismatch
 from exporter.artifact.gpu_fit import gpu_mismatches
+from exporter.core.errors import ArtifactError
 from exporter.core.gpu import GpuHost, gpu_host
 from exporter.core.machine import cpu_features, triple
 
 KNOWN = {"cpu_features", "gpu"}
+
+
+class HostError(ArtifactError):
+    """This machine cannot run an engine, for all of these reasons."""
+
+    def __init__(self, mismatches: list[Mismatch]) -> None:
+        messages = "; ".join(mismatch.message for mismatch in mismatches)
+        remedies = "; ".join(dict.fromkeys(mismatch.remedy for mismatch in mismatches))
+        super().__init__("artifact.host", messages, remedies)
+        self.mismatches = mismatches
+
+    def to_json(self) -> dict[str, object]:
+        return {**super().to_json(), "mismatches": [dict(mismatch.__dict__) for mismatch in self.mismatches]}
+
+
 ANY_MACHINE = "any"
 """The triple of artifacts that are data alone, such as checkpoints."""
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from exporter.artifact.digests import FileEntry, damaged_files
 from exporter.artifact.external_data import ExternalData, external_data
-from exporter.artifact.host import check_host
+from exporter.artifact.host import HostError, check_host
 from exporter.artifact.json_fields import damaged
 from exporter.artifact.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, artifact_digest, decode_manifest
 from exporter.artifact.paths import path_fault
@@ -48,7 +48,7 @@ def open_artifact(path: Path | str, expect_digest: str | None = None, host: bool
             "install the enginesmith version that built it, or a newer one",
         )
     if host and (mismatches := check_host(manifest.triple, manifest.requirements)):
-        raise ArtifactError("artifact.host", mismatches[0].message, mismatches[0].remedy)
+        raise HostError(mismatches)
     check_files(path, manifest.files)
     return Artifact(path, manifest, digest)
 

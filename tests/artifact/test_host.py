@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from exporter.artifact.host import check_host
+from exporter.artifact.host import HostError, check_host
 from exporter.core.gpu import GpuHost, HostGpu
 from exporter.core.gpu_needs import GpuNeeds
 from exporter.core.machine import cpu_features, triple
@@ -124,3 +124,12 @@ def test_needs_survive_being_written() -> None:
     needs = GpuNeeds.from_json(GPU)
     assert needs is not None and needs.to_json() == GPU and needs.label == "TensorRT-RTX 1.7.1.116"
     assert GpuNeeds.from_json([]) is None
+
+
+def test_the_error_tells_every_mismatch() -> None:
+    found = check_host(triple(), {"gpu": GPU}, GpuHost("12.4", "550.54.15", (A10,), {}))
+    error = HostError(found)
+    assert (error.exit_code, error.kind) == (5, "artifact.host")
+    assert all(mismatch.message in error.message for mismatch in found) and len(found) == 4
+    listed = error.to_json()["mismatches"]
+    assert isinstance(listed, list) and listed[0]["what"] == "tensorrt.missing" and listed[0]["remedy"]
