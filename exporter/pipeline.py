@@ -165,10 +165,12 @@ def calibrated_job(job: Job, checkpoint: Checkpoint, progress: Progress) -> Job:
 
 
 def recipe_numbers(job: Job, checkpoint: Checkpoint) -> RecipeNumbers:
-    """Where weights and scales come from; nothing is read yet but the scales."""
+    """Where weights and scales come from, as the target serves them; nothing is read yet but the scales."""
     if job.parameters is None:
-        return plain_numbers(checkpoint, job.options.threads)
-    return calibrated_numbers(checkpoint, job.recipe, job.parameters, job.target, job.options.threads)
+        numbers = plain_numbers(checkpoint, job.options.threads)
+    else:
+        numbers = calibrated_numbers(checkpoint, job.recipe, job.parameters, job.target, job.options.threads)
+    return numbers.served(job.target, job.recipe, job.options.engine.format)
 
 
 def make_graphs(job: Job, numbers: RecipeNumbers, progress: Progress) -> Graphs:

@@ -1,7 +1,7 @@
 """Where the numbers of a recipe come from: the checkpoint alone, or a file of quantization parameters beside it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from calibration.labelled_codes import labelled_codes
 from calibration.qparams import QParams
@@ -26,6 +26,10 @@ class RecipeNumbers:
     rows: RowReader
     input_scales: Mapping[str, float] = field(default_factory=dict)
     kv_scales: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+
+    def served(self, target: Target, recipe: Recipe, form: str | None) -> "RecipeNumbers":
+        """With rows as the target's files hold them."""
+        return replace(self, rows=target.served_rows(self.rows, recipe, form))
 
 
 def plain_numbers(checkpoint: Checkpoint, threads: int = 0) -> RecipeNumbers:

@@ -52,6 +52,8 @@ def verify_engine_directory(
         numbers = calibrated_numbers(checkpoint, manifest.recipe, parameters, target, threads)
     elif manifest.calibration is None:
         numbers = plain_numbers(checkpoint, threads)
+    if numbers is not None:
+        numbers = numbers.served(target, manifest.recipe, manifest.engine.get("form"))
     subject = EngineUnderTest(
         target,
         artifact.path,

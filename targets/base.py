@@ -219,6 +219,11 @@ class Target(Protocol):
         """How engines round what a matrix of this precision multiplies: parity simulates it. None: not at all."""
         ...
 
+    def served_rows(self, rows: RowReader, recipe: Recipe, form: str | None = None) -> RowReader:
+        """Rows as the artifact's files hold them, where that is not what a recipe makes of them (scales that must be
+        positive, or are stored in 16 bits). `form`: `EngineOptions.format`."""
+        ...
+
     def roundoff(self, recipe: Recipe) -> float:
         """Unit roundoff of the arithmetic between matrices: 2^-24 for float32, 2^-11 for float16, 2^-8 for bfloat16."""
         ...
@@ -260,6 +265,9 @@ class EngineTarget:
     """What targets have in common whose artifacts are engines that run on this CPU or not at all."""
 
     has_stand_in = False
+
+    def served_rows(self, rows: RowReader, recipe: Recipe, form: str | None = None) -> RowReader:
+        return rows
 
     def roundoff(self, recipe: Recipe) -> float:
         return 2.0**-24

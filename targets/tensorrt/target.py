@@ -18,12 +18,14 @@ from targets.base import (
     EngineOptions,
     EngineTarget,
     Limits,
+    RowReader,
     Runner,
     RunOptions,
     refuse_engine_options,
 )
 from targets.tensorrt import devices, formats, support
 from targets.tensorrt.defaults import completed
+from targets.tensorrt.served_rows import served_rows
 from targets.tensorrt.toolkit import find_toolkit, probe_toolkit
 
 OPTIONS = frozenset(
@@ -76,6 +78,9 @@ class TensorRtTarget(EngineTarget):
 
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
         return formats.activation_rounding(precision)
+
+    def served_rows(self, rows: RowReader, recipe: Recipe, form: str | None = None) -> RowReader:
+        return served_rows(rows)
 
     def roundoff(self, recipe: Recipe) -> float:
         return ROUNDOFF[formats.arithmetic(recipe)]

@@ -19,6 +19,7 @@ from targets.base import (
     EngineOptions,
     EngineTarget,
     Limits,
+    RowReader,
     Runner,
     RunOptions,
     StoredModel,
@@ -27,6 +28,7 @@ from targets.base import (
 )
 from targets.tensorrt_llm import formats, support
 from targets.tensorrt_llm.defaults import completed
+from targets.tensorrt_llm.served_rows import served_rows
 
 OPTIONS = frozenset({"--tp", "--pp", "--format", "--engine"})
 # Writing a checkpoint needs none of them: they are what loads it, or compiles it.
@@ -85,6 +87,9 @@ class TensorRtLlmTarget(EngineTarget):
 
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
         return ROUNDINGS.get(precision.activations)
+
+    def served_rows(self, rows: RowReader, recipe: Recipe, form: str | None = None) -> RowReader:
+        return served_rows(rows, form or formats.HF, recipe.lm_head.kind)
 
     def devices(self) -> dict[str, str]:
         return {}
