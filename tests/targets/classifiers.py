@@ -35,5 +35,5 @@ def label_logits(source: BuildSource, task: Task, ids: np.ndarray) -> np.ndarray
     one: the model is whole, with the values that the recipe leaves."""
     model = eager(source)
     with torch.no_grad():
-        rows = [model(torch.from_numpy(row[None, :length])).logits[0, -1] for row, length in zip(ids, LENGTHS)]
+        rows = [model(torch.from_numpy(row[None, :n])).logits[0, -1] for row, n in zip(ids, LENGTHS, strict=True)]
     return torch.stack(rows)[:, list(task.token_ids)].numpy()

@@ -27,7 +27,7 @@ def hold(checkpoint: Path, recipe: str, labels: int, out: Path) -> None:
         logits = runner.prefill(ids, LENGTHS)
     assert relative_l2(logits, label_logits(plain, task, ids)) <= ROUNDING
     with engine.runner(batch=1) as runner:
-        alone = [runner.prefill(row[None, :length], np.array([length]))[0] for row, length in zip(ids, LENGTHS)]
+        alone = [runner.prefill(row[None, :n], np.array([n]))[0] for row, n in zip(ids, LENGTHS, strict=True)]
     assert relative_l2(np.stack(alone), logits) <= ROUNDING
 
 
