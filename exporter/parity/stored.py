@@ -1,5 +1,6 @@
 """An artifact that is a checkpoint, read back: its numbers held to those it was written from, its model to eager."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ from targets.base import StoredModel, Target
 
 SERVED = "not run: the server that loads the checkpoint has the cache"
 UNKNOWN = "not run: the file of quantization parameters is needed, give it with --qparams"
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 LEFT_TO_SERVER = ("decode_vs_prefill", "ragged_batch_vs_single", "long_position")
 
 
@@ -74,7 +76,7 @@ def verify_stored(
     left = (Check(name, None, None, STAGE, SERVED) for name in LEFT_TO_SERVER)
     checks = (*eager_checks(metrics, eager_limits(recipe), STAGE, classifies=inputs.classifies), *tight, *left)
     worst = next((check for check in tight if not check.passed), None)
-    divergence = Divergence(STAGE, None, None, worst.value or np.inf, "weights", worst.note) if worst else None
+    divergence = _divergence(worst) if worst else None
     stage = StageResult(STAGE, tight, divergence=divergence)
     return EngineResult(checks, metrics, stage, unsimulated=numbers is None, is_checkpoint=True)
 
@@ -92,6 +94,13 @@ def _held_to_numbers(
     )
     worst = ((title, limit, max(found.items(), key=lambda item: item[1])) for title, limit, found in groups if found)
     return tuple(Check(title, error, limit, STAGE, name) for title, limit, (name, error) in worst)
+
+
+def _divergence(worst: Check) -> Divergence:
+    """`note` of the check is the tensor's name."""
+    layer = LAYER.match(worst.note)
+    error = np.inf if worst.value is None else worst.value
+    return Divergence(STAGE, int(layer[1]) if layer else None, None, error, "weights", worst.note)
 
 
 def _tensor_errors(
