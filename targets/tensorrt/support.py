@@ -13,8 +13,9 @@ from exporter.core.task import GENERATE, Task
 from targets.tensorrt.formats import arithmetic, form_of, rounds_inputs, stored_group
 
 Capability = tuple[int, int]
-LEAST_SM: dict[str, Capability] = {"bf16": (8, 0), "fp8": (8, 9), "nvfp4": (10, 0)}
-"""The first SM that computes with a kind of weight."""
+ROUNDED = "8-bit inputs"
+LEAST_SM: dict[str, Capability] = {"bf16": (8, 0), "int4": (8, 0), ROUNDED: (8, 0), "fp8": (8, 9), "nvfp4": (10, 0)}
+"""The first SM that computes with a kind of weight, or multiplies rounded inputs into float32."""
 HEAD_DIM_MULTIPLE, LEAST_HEAD_DIM, LARGEST_HEAD_DIM = 8, 16, 256
 LEAST_HEADS = {"generate": 4, "classify": 2}
 """Query heads that attention's kernels take; a decode step wants more of them."""
@@ -93,8 +94,8 @@ def recipe_support(
 
 
 def _kinds(recipe: Recipe) -> set[str]:
-    rounded = {p.activations.partition("/")[0] for p in recipe.precisions if rounds_inputs(p)}
-    return {p.kind for p in recipe.precisions} | rounded
+    rounded = {ROUNDED for precision in recipe.precisions if rounds_inputs(precision)}
+    return {precision.kind for precision in recipe.precisions} | rounded
 
 
 def _sm_support(kind: str, capability: Capability) -> Support:
@@ -102,17 +103,14 @@ def _sm_support(kind: str, capability: Capability) -> Support:
     if capability >= least:
         return Support("native")
     name, first = (f"SM{major}{minor}" for major, minor in (capability, least))
-    return Support(
-        "refused", f"{name} cannot compute in {kind}, which {first} and later do", _sm_remedy(kind, capability)
-    )
+    return Support("refused", f"{name} cannot compute with {kind}, {first} and later do", _sm_remedy(capability))
 
 
-def _sm_remedy(kind: str, capability: Capability) -> str:
-    """A recipe that the SM can do."""
-    if kind == "bf16":
-        return "use --recipe fp16"
-    recipes = "fp8, int8-smoothquant or int4-awq" if capability >= LEAST_SM["fp8"] else "int8-smoothquant or int4-awq"
-    return f"use --recipe {recipes}"
+def _sm_remedy(capability: Capability) -> str:
+    """Recipes that the SM can do."""
+    if capability >= LEAST_SM["fp8"]:
+        return "use --recipe fp8, int8-smoothquant or int4-awq"
+    return "use --recipe int8-smoothquant or int4-awq" if capability >= LEAST_SM["int4"] else "use --recipe fp16"
 
 
 def _shape_support(config: ModelConfig, task: Task) -> Support:
