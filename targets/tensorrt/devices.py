@@ -34,8 +34,6 @@ DEVICES = {
     "sm120": Device("12.0", "Blackwell: RTX 50, RTX PRO 6000"),
     "sm121": Device("12.1", "Blackwell: GB10 (DGX Spark)"),
 }
-# The least compute capability whose kernels take a type. TensorRT-RTX 1.7 refuses lower ones by name when it builds.
-FLOORS = {"bf16": "8.0", "fp8": "8.9", "nvfp4": "10.0"}
 
 
 @dataclass(frozen=True)
@@ -115,16 +113,6 @@ def named_capabilities(options: DeviceOptions, host: GpuHost | None = None) -> t
     if names := split_names(options.device):
         return tuple(DEVICES[name].capability for name in names)
     return tuple(gpu.capability for gpu in (host or gpu_host()).gpus[:1])
-
-
-def lacking(capabilities: tuple[str, ...], number_types: tuple[str, ...]) -> str:
-    """Why one of these GPUs cannot compute with one of these types (`bf16`, `fp8`, `nvfp4`); empty where all can."""
-    for kind in number_types:
-        floor = FLOORS.get(kind, "0.0")
-        short = [sm(one) for one in capabilities if version_numbers(one) < version_numbers(floor)]
-        if short:
-            return f"{' and '.join(short)} has no {kind} arithmetic, {sm(floor)} is the first that does"
-    return ""
 
 
 def _rtx_capability(name: str) -> str:

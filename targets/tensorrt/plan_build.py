@@ -13,7 +13,7 @@ from exporter.core.errors import UnsupportedError
 from exporter.core.gpu import version_numbers
 from exporter.core.gpu_needs import GpuNeeds
 from targets.tensorrt.build_progress import BuildProgress, Report, make_monitor
-from targets.tensorrt.devices import FLOORS, PORTABLE
+from targets.tensorrt.devices import PORTABLE
 from targets.tensorrt.find_node import describe, failing_node
 from targets.tensorrt.kernel_report import Kernel, inspected_kernels, kernel_report, logged_kernels
 from targets.tensorrt.layer_report import LayerReport, layer_report
@@ -28,11 +28,13 @@ from targets.tensorrt.network import (
 )
 from targets.tensorrt.plan_report import EngineRequest, PlanReport
 from targets.tensorrt.profiles import shapes
+from targets.tensorrt.support import LEAST_SM
 from targets.tensorrt.toolkit import Toolkit
 
-# TensorRT's number types that need a newer GPU, by the name they have in targets.tensorrt.devices.
+# TensorRT's number types that need a newer GPU, by the kinds of targets.tensorrt.support.
 NEEDING = {"BF16": "bf16", "FP8": "fp8", "FP4": "nvfp4"}
-RTX_FP4 = "12.0"
+# RTX compiles for no data center Blackwell (10.0).
+RTX_FP4 = (12, 0)
 CACHED = "present."
 
 
@@ -167,9 +169,9 @@ def capabilities_of(toolkit: Toolkit, request: EngineRequest, layers: LayerRepor
     """Those that the engine was built for; for hardware-compatible engines the lowest that has its number types."""
     if not request.hardware_compatible:
         return request.device.capabilities
-    floors = {"nvfp4": RTX_FP4} if toolkit.is_rtx else {}
-    needed = [floors.get(kind, FLOORS[kind]) for name, kind in NEEDING.items() if name in layers.types]
-    return (max([PORTABLE, *needed], key=version_numbers),)
+    floors = {**LEAST_SM, **({"nvfp4": RTX_FP4} if toolkit.is_rtx else {})}
+    needed = [floors[kind] for name, kind in NEEDING.items() if name in layers.types]
+    return (".".join(map(str, max([version_numbers(PORTABLE), *needed]))),)
 
 
 def input_bytes(network: Any, request: EngineRequest) -> int:

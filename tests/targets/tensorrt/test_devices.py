@@ -11,7 +11,6 @@ from exporter.core.gpu import GpuHost, HostGpu
 from targets.tensorrt.devices import (
     BuildDevice,
     device_names,
-    lacking,
     named_capabilities,
     resolve_device,
 )
@@ -155,10 +154,3 @@ def test_capabilities_meant_by_options() -> None:
     assert named_capabilities(DeviceOptions("sm89,sm120"), NO_GPU) == ("8.9", "12.0")
     assert named_capabilities(THIS_MACHINE, H200) == ("9.0",)
     assert named_capabilities(THIS_MACHINE, NO_GPU) == ()
-
-
-def test_types_that_a_gpu_lacks() -> None:
-    assert lacking(("8.9", "12.0"), ("fp8", "bf16")) == ""
-    assert lacking(("8.0", "8.9"), ("fp8",)) == "SM80 has no fp8 arithmetic, SM89 is the first that does"
-    assert "SM89 has no nvfp4" in lacking(("8.9",), ("nvfp4",))
-    assert "SM75 has no bf16" in lacking(("7.5",), ("int4", "bf16"))
