@@ -1,6 +1,9 @@
-"""Tests on a GPU are skipped without one, with the reason. `make test-gpu` runs them."""
+"""Tests on a GPU are skipped without one, with the reason. `make test-gpu` runs them, and there they fail instead: what
+was not run is not to look as if it had passed."""
 
+import os
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -11,6 +14,15 @@ from tests.gpu.building import Build, Tried, candidates, describe, try_builds
 from tests.targets.tensorrt.contract_engines import ContractEngine, contract_engine
 
 
+REQUIRED = "ENGINESMITH_REQUIRE_GPU"
+
+
+def missing(reason: str) -> NoReturn:
+    if os.environ.get(REQUIRED):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and TensorRT or TensorRT-RTX")
 
@@ -19,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def gpu() -> HostGpu:
     host = gpu_host()
     if not host.gpus:
-        pytest.skip(f"no GPU: {host.describe()}")
+        missing(f"no GPU: {host.describe()}")
     return host.gpus[0]
 
 
@@ -28,7 +40,7 @@ def toolkit(gpu: HostGpu) -> Toolkit:
     try:
         return find_toolkit()
     except EngineSmithError as error:
-        pytest.skip(error.message)
+        missing(error.message)
 
 
 @pytest.fixture(scope="session")
@@ -53,5 +65,5 @@ def build(gpu: HostGpu, toolkit: Toolkit, tried: list[Tried]) -> Build:
     """The first way that works."""
     working = [each.build for each in tried if not each.refused]
     if not working:
-        pytest.skip(describe(gpu, toolkit, tried))
+        missing(describe(gpu, toolkit, tried))
     return working[0]
