@@ -13,7 +13,6 @@ from targets.tensorrt.toolkit import Toolkit, find_toolkit
 from tests.gpu.building import Build, Tried, candidates, describe, try_builds
 from tests.targets.tensorrt.contract_engines import ContractEngine, contract_engine
 
-
 REQUIRED = "ENGINESMITH_REQUIRE_GPU"
 
 
