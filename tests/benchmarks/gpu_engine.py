@@ -129,7 +129,7 @@ def make_engine(
 
 
 def working_device(toolkit: Toolkit, folder: Path) -> BuildDevice:
-    """The first way to build whose engines run on this GPU, tried with a small one. The program ends if there is none."""
+    """The first way to build whose engines run on this GPU, by a small one. Ends the program if there is none."""
     from tests.support import tiny
 
     gpu = gpu_host().gpus[0]
