@@ -1,10 +1,14 @@
 """Whether this machine fits an artifact: triples, CPU features, and every mismatch of GPUs and their runtimes."""
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from exporter.artifact import gpu_fit
 from exporter.artifact.host import HostError, check_host
 from exporter.core.gpu import GpuHost, HostGpu
 from exporter.core.gpu_needs import GpuNeeds
@@ -12,6 +16,7 @@ from exporter.core.machine import cpu_features, triple
 
 L4 = HostGpu("NVIDIA L4", "8.9", 24 * 10**9)
 H200 = HostGpu("NVIDIA H200", "9.0", 150 * 10**9)
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 A10 = HostGpu("NVIDIA A10", "8.6", 24 * 10**9)
 GPU = {
     "toolkit": "tensorrt_rtx",
@@ -133,3 +138,20 @@ def test_the_error_tells_every_mismatch() -> None:
     assert all(mismatch.message in error.message for mismatch in found) and len(found) == 4
     listed = error.to_json()["mismatches"]
     assert isinstance(listed, list) and listed[0]["what"] == "tensorrt.missing" and listed[0]["remedy"]
+
+
+def test_the_schema_has_what_is_written() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((DOCS / "manifest.schema.json").read_text())["properties"]["requirements"]
+    assert set(schema["properties"]["gpu"]["properties"]) == set(GPU)
+    jsonschema.validate({"gpu": GPU}, schema)
+    for wrong in ({"version": 1}, {"compute_capabilities": ["SM89"]}, {"toolkit": "tensorrt_dla"}, {"dla_cores": 2}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"gpu": GPU | wrong}, schema)
+
+
+def test_the_documentation_names_every_mismatch() -> None:
+    section = (DOCS / "artifact.md").read_text().split("## Engines for GPUs")[1].split("## ")[0]
+    source = Path(gpu_fit.__file__).read_text()
+    told = set(re.findall(r"`((?:gpu|tensorrt)\.[a-z_]+)`", section.replace("`requirements.gpu`", "")))
+    assert told == set(re.findall(r'"((?:gpu|tensorrt)\.[a-z_]+)"', source))
