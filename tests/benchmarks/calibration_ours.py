@@ -80,6 +80,7 @@ def cases(groups: list[int]) -> dict[str, Case]:
     found["W8A8 SmoothQuant, one scale of activations"] = Case(smooth)
     found["w4a8 g32"] = preset_case("w4a8")
     fp8 = Precision("fp8", TENSOR, activations="fp8/tensor")
+    found["fp8 in every layer"] = Case(Recipe("fp8", fp8, _FP32, _FP32))
     found["fp8 + fp8 KV"] = Case(Recipe("fp8", fp8, _FP32, _FP32, kv_cache="fp8"))
     for kind in ("fp16", "int8", "fp8"):
         found[f"{kind} KV cache alone"] = Case(Recipe("fp32", _FP32, _FP32, _FP32, kv_cache=kind))
