@@ -68,7 +68,8 @@ class GpuNeeds:
         return capability in self.compute_capabilities
 
     def fits_version(self, version: str) -> bool:
-        if not self.version_compatible:
-            return version == self.version
+        """Numbers alone are compared: packages of one version differ in what follows them (`+cu13`)."""
         here, built = version_numbers(version), version_numbers(self.version)
+        if not self.version_compatible:
+            return here == built
         return here[:1] == built[:1] and here >= built

@@ -46,6 +46,7 @@ def test_requirements_decide_whether_an_engine_fits() -> None:
         ({"compute_capabilities": ["8.6", "8.9"]}, HOST),
         ({"compute_capabilities": ["8.0"], "hardware_compatible": True}, replace(HOST, gpus=(H200,))),
         ({"version": "1.6.0", "version_compatible": True}, HOST),
+        ({}, replace(HOST, toolkits={"tensorrt_rtx": "1.7.1.116+cu13"})),
         # A driver of an older branch with NVIDIA's compatibility package serves the CUDA of a newer one.
         ({}, replace(HOST, driver="570.86.15")),
         # Nothing tells the driver's version: its CUDA decides.
