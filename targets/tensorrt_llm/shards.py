@@ -150,6 +150,12 @@ def _mixture_faults(config: ModelConfig, recipe: Recipe, engine: EngineOptions) 
             f"trtllm-build rounds the weights of {algorithm.name} itself: codes of GPTQ would be lost",
             "use int4 with --group-size 128 (W4A16_AWQ), which keeps them",
         )
+    if algorithm.name == "W4A16" and engine.tensor_parallel > 1:
+        yield (
+            "trtllm-build gives each shard's columns scales of their own when it rounds W4A16: what it makes of int4 "
+            "depends on --tp, and cannot be held to the recipe",
+            "use int4 with --group-size 128 (W4A16_AWQ), or leave --tp out",
+        )
     if config.classifies:
         yield "a TensorRT-LLM checkpoint has a head for the whole vocabulary", "use --format hf, or target tensorrt"
 

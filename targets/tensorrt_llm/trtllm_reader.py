@@ -16,6 +16,8 @@ from exporter.core.errors import InputError, UnsupportedError
 from exporter.core.recipe import Recipe
 from exporter.core.safetensors_file import TensorInfo, read_rows, read_whole_header
 from exporter.core.strict_json import shorten
+from exporter.core.weights import row_chunks
+from targets.tensorrt_llm.loader_rounding import LOADER_BITS, rounded_by_loader
 from targets.tensorrt_llm.trtllm_checks import (
     INPUT_CUT,
     StoredConfig,
@@ -46,7 +48,6 @@ WHERE = {
 TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 NORMS = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_layernorm"}
 TABLES = {"model.embed_tokens.weight": "transformer.vocab_embedding.weight", "lm_head.weight": "lm_head.weight"}
-LOADER_BITS = {"W8A16": 8, "W4A16": 4}
 
 
 def open_trtllm(path: Path, config: ModelConfig, recipe: Recipe) -> "TrtllmCheckpoint":
@@ -60,8 +61,7 @@ def open_trtllm(path: Path, config: ModelConfig, recipe: Recipe) -> "TrtllmCheck
         what = f"{len(missing)} of {stored.world_size} rank files are missing: {', '.join(missing[:5])}"
         raise fault("rank_missing", what)
     ranks = tuple(_header(path / _rank_file(rank)) for rank in range(stored.world_size))
-    untied = replace(config, tie_word_embeddings=False, raw={**config.raw, "tie_word_embeddings": False})
-    return TrtllmCheckpoint(path, untied, stored, ranks)
+    return TrtllmCheckpoint(path, config, stored, ranks)
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,22 @@ class TrtllmCheckpoint:
     """The files of all ranks as one model: a `targets.base.StoredModel`."""
 
     path: Path
-    config: ModelConfig
+    source: ModelConfig
     stored: StoredConfig
     ranks: tuple[Mapping[str, TensorInfo], ...]
 
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The source's. Files hold embedding and head apart: one matrix where they are equal, as in the source, and two
+        where transforms made them differ."""
+        source = self.source
+        if not source.tie_word_embeddings or self._tables_are_equal():
+            return source
+        return replace(source, tie_word_embeddings=False, raw={**source.raw, "tie_word_embeddings": False})
+
     def validate(self) -> None:
         """Raise ArtifactError `stored.*` unless config.json belongs to the model and every file is as it says."""
-        _check_model(self.stored, self.config)
+        _check_model(self.stored, self.source)
         files = sorted(file.name for file in self.path.glob("rank*.safetensors"))
         if extra := [name for name in files if name not in map(_rank_file, range(len(self.ranks)))]:
             raise fault("rank_extra", f"{', '.join(extra[:5])} beside the {len(self.ranks)} ranks of config.json")
@@ -118,10 +127,13 @@ class TrtllmCheckpoint:
 
     @property
     def requantized(self) -> frozenset[str]:
-        """FP8 has one scale for q, k and v, and one for gate and up."""
-        if self.stored.quant_algo != "FP8":
-            return frozenset()
-        names = [name for name in WHERE if name not in ("self_attn.o_proj", "mlp.down_proj")]
+        """FP8 has one scale for q, k and v, and one for gate and up. The loader that rounds W8A16 gives each shard of
+        o_proj and down_proj scales of its own."""
+        names: list[str] = []
+        if self.stored.quant_algo == "FP8":
+            names = [name for name, (module, _) in WHERE.items() if module not in INPUT_CUT]
+        elif self.stored.quant_algo in LOADER_BITS and self.stored.tp_size > 1:
+            names = [name for name, (module, _) in WHERE.items() if module in INPUT_CUT]
         layers = range(self.stored.num_hidden_layers)
         return frozenset(f"model.layers.{layer}.{name}.weight" for layer in layers for name in names)
 
@@ -149,6 +161,13 @@ class TrtllmCheckpoint:
             if start < (shard + 1) * step and stop > shard * step
         ]
         return np.concatenate(parts) if parts else np.empty((0, stored.hidden_size), np.float32)
+
+    def _tables_are_equal(self) -> bool:
+        shape = (self.stored.vocab_size, self.stored.hidden_size)
+        embedding, head = TABLES
+        return all(
+            np.array_equal(self._table(embedding, *part), self._table(head, *part)) for part in row_chunks(shape)
+        )
 
     def _linear(self, layer: int, name: str, kind: str, start: int, stop: int) -> np.ndarray:
         module, part = WHERE[name]
@@ -200,7 +219,7 @@ class TrtllmCheckpoint:
             return self._int4(rank, tensor, start, stop)
         values = self._read(rank, f"{tensor}.weight", start, stop)
         if algorithm in LOADER_BITS:
-            return rounded_by_loader(values, LOADER_BITS[algorithm])
+            return rounded_by_loader(values, LOADER_BITS[algorithm]).dequantize()
         if algorithm is not None:
             values *= self._scales(rank, tensor, algorithm, start, stop)
         return values
@@ -239,18 +258,6 @@ class TrtllmCheckpoint:
             if layer in layers:
                 return stage * self.stored.tp_size, f"transformer.layers.{layers.index(layer)}"
         raise ValueError(f"no layer {layer}")
-
-
-def rounded_by_loader(values: np.ndarray, bits: int) -> np.ndarray:
-    """Float weights [n, K] as `trtllm-build` rounds them for W8A16 and W4A16: scale max|w| / 2^(bits - 1) of each row,
-    halves away from zero, codes kept within their bits (`symmetric_quantize` in
-    cpp/tensorrt_llm/kernels/cutlass_kernels/cutlass_preprocessors.cpp)."""
-    half = 2.0 ** (bits - 1)
-    scales = np.abs(values).max(axis=1, keepdims=True) * np.float32(1 / half)
-    quotients = values / np.where(scales == 0, np.float32(1), scales)
-    codes = np.trunc(quotients + np.copysign(np.float32(0.5), quotients))
-    rounded: np.ndarray = np.clip(codes, -half, half - 1).astype(np.float32) * scales
-    return rounded
 
 
 def _check_model(stored: StoredConfig, config: ModelConfig) -> None:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from exporter.core.errors import ArtifactError
 from targets.base import BuildSource
+from targets.tensorrt_llm.loader_rounding import rounded_by_loader
 from targets.tensorrt_llm.trtllm_checks import expected_tensors, read_stored_config
-from targets.tensorrt_llm.trtllm_reader import open_trtllm, rounded_by_loader
+from targets.tensorrt_llm.trtllm_reader import open_trtllm
 from tests.support.tiny import write_checkpoint
 from tests.targets.tensorrt_llm.trtllm_sources import PRECISIONS, SHAPE, recipe_of, reopened, source_of, written
 
@@ -212,5 +213,5 @@ def test_the_loaders_rounding(bits: int) -> None:
     top = 2.0 ** (bits - 1)
     values = np.array([[top, -top, 0.5, -0.5, 1.5, 0.49]], np.float32)
     wanted = np.array([[top - 1, -top, 1.0, -1.0, 2.0, 0.0]], np.float32)
-    np.testing.assert_array_equal(rounded_by_loader(values, bits), wanted)
-    np.testing.assert_array_equal(rounded_by_loader(np.zeros((1, 3), np.float32), bits), 0)
+    np.testing.assert_array_equal(rounded_by_loader(values, bits).dequantize(), wanted)
+    np.testing.assert_array_equal(rounded_by_loader(np.zeros((1, 3), np.float32), bits).dequantize(), 0)

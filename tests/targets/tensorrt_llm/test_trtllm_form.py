@@ -18,6 +18,7 @@ from exporter.core.canonical import CheckpointWeight
 from exporter.core.recipe import Override, Precision
 from exporter.core.weights import QuantizedRows
 from targets.base import BuildSource
+from targets.tensorrt_llm.loader_rounding import loaded_rows
 from tests.support.tiny import write_checkpoint
 from tests.targets.tensorrt_llm.trtllm_sources import PRECISIONS, SHAPE, recipe_of, reopened, source_of, whole, written
 
@@ -113,8 +114,16 @@ def test_weight_only_files_hold_floats_and_count_as_the_loader_rounds_them(
     for part in np.split(original, tp, axis=1):  # each shard has scales of its own
         scale = np.abs(part).max(axis=1, keepdims=True) / top
         parts.append(np.clip(np.sign(part) * np.floor(np.abs(part) / scale + 0.5), -top, top - 1) * scale)
-    found = reopened(source, tmp_path / "out").rows("model.layers.0.mlp.down_proj.weight", 0, 256)
+    stored = reopened(source, tmp_path / "out")
+    found = stored.rows("model.layers.0.mlp.down_proj.weight", 0, 256)
     np.testing.assert_allclose(found, np.concatenate(parts, axis=1), rtol=1e-6)
+    gate = CheckpointWeight(("model.layers.0.mlp.gate_proj.weight",), PRECISIONS[name])
+    loaded = loaded_rows(source.rows, gate, 0, 512, "bf16")
+    assert loaded is not None
+    np.testing.assert_array_equal(stored.rows(gate.sources[0], 0, 512), loaded.dequantize())
+    # Where a matrix is whole on every rank, what the engine will have is known exactly.
+    assert ("model.layers.0.mlp.down_proj.weight" in stored.requantized) == (tp > 1)
+    assert gate.sources[0] not in stored.requantized
 
 
 @pytest.mark.parametrize("cache,wanted", [("fp8", (1.0, 2.5)), ("int8", (0.5, 2.5))])
@@ -175,7 +184,17 @@ def test_a_tied_head_is_written_out(tmp_path: Path) -> None:
     table = source.checkpoint.read("model.embed_tokens.weight").astype(np.float32)
     np.testing.assert_array_equal(stored.rows("lm_head.weight", 0, 333), table)
     np.testing.assert_array_equal(stored.rows("model.embed_tokens.weight", 0, 333), table)
-    assert not stored.config.tie_word_embeddings
+    assert stored.config.tie_word_embeddings
+
+
+def test_a_head_that_transforms_untied_is_a_matrix_of_its_own(tmp_path: Path) -> None:
+    plain = source_of(write_checkpoint(tmp_path / "llama", "tied", **SHAPE), recipe_of("bf16"), 2)
+    changed = with_transforms(plain.checkpoint, [FoldNorms()])
+    written(replace(plain, checkpoint=changed, rows=WeightRows(changed)), tmp_path / "out")
+    stored = reopened(plain, tmp_path / "out")
+    assert plain.config.tie_word_embeddings and not stored.config.tie_word_embeddings
+    wanted = whole(replace(plain, checkpoint=changed, rows=WeightRows(changed)), "lm_head.weight", Precision("bf16"))
+    np.testing.assert_array_equal(stored.rows("lm_head.weight", 0, 333), wanted)
 
 
 def test_the_transformed_weights_are_written(checkpoint: Path, tmp_path: Path) -> None:

@@ -157,6 +157,12 @@ def test_codes_of_gptq_are_not_lost_silently() -> None:
     assert check(config_of(), replace(recipe_of("W4A16_AWQ"), algorithms=("gptq",)), EngineOptions()).usable
 
 
+def test_int4_that_depends_on_the_cut_is_refused() -> None:
+    assert check(config_of(), recipe_of("W4A16"), EngineOptions()).usable
+    found = check(config_of(), recipe_of("W4A16"), EngineOptions(tensor_parallel=2))
+    assert "depends on --tp" in found.why and "W4A16_AWQ" in found.remedy
+
+
 def test_published_shapes_can_be_cut() -> None:
     """Llama-3-8B and 70B in groups of 128, as `--tp 2` and `--tp 8` users ask."""
     small = config_of(
