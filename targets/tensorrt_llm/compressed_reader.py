@@ -108,14 +108,10 @@ class StoredCompressed:
             found[layer] = (keys, values)
         return found
 
-    @cached_property
+    @property
     def requantized(self) -> frozenset[str]:
-        """int4: groups whose scale was negative were written with a positive one."""
-        weights = self.compression.weights
-        four_bits = self.compression.form == "pack-quantized" and weights is not None and weights.bits == 4
-        return frozenset(
-            f"{module}.weight" for module in self._modules if four_bits and self.compression.covers(module)
-        )
+        """None: every matrix has the codes of `targets.tensorrt_llm.served_rows`."""
+        return frozenset()
 
     @cached_property
     def _modules(self) -> dict[str, tuple[int, int]]:

@@ -104,11 +104,10 @@ class StoredHf:
             found[layer] = (keys, values)
         return found
 
-    @cached_property
+    @property
     def requantized(self) -> frozenset[str]:
-        """int4: groups whose scale was negative were written with a positive one."""
-        awq = self.quantization.algorithm in AWQ
-        return frozenset(f"{module}.weight" for module in self._modules if awq and self.quantization.covers(module))
+        """None: every matrix has the codes of `targets.tensorrt_llm.served_rows`."""
+        return frozenset()
 
     @cached_property
     def _modules(self) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from calibration.coverage import AUTO
 from exporter.core.config import ModelConfig
 from exporter.core.engine_options import PLAIN, EngineOptions
 from exporter.core.recipe import KV_CACHES, Precision, Recipe, all_precisions
@@ -167,6 +168,9 @@ def _float_parts(config: ModelConfig, recipe: Recipe, form: str) -> Iterator[Sup
 
 def _one_algorithm(recipe: Recipe, form: str) -> Support:
     """Coded matrices all alike: consumers read one algorithm from a checkpoint, and modules left out of it."""
+    if recipe.name == AUTO:
+        why = f"recipe {AUTO} mixes precisions, and {TITLES[form]} is written with one for all quantized layers"
+        return Support("refused", why, f"use a recipe of {RECIPES[form]}; target tvm and onnxruntime take any mixture")
     coded = list(dict.fromkeys(p for p in _layer_precisions(recipe) if p.is_coded))
     if len(coded) <= 1:
         return Support("native")
