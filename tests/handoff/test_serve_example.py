@@ -139,6 +139,15 @@ def test_a_crowd_is_turned_away(server: Any) -> None:
     assert ask(server, "/generate", {"prompt": "a", "max_new_tokens": 1})[0] == 200
 
 
+def test_a_container_that_is_stopped_ends_well(generator: Path) -> None:
+    command = [sys.executable, str(SERVE), str(generator), "--port", "0", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(f"serving {generator} at 127.0.0.1:")
+        process.terminate()
+        assert process.wait() == 0
+
+
 def test_an_engine_that_is_none_ends_the_process_with_its_code(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, SERVE, tmp_path], capture_output=True, text=True)
     assert done.returncode == 5 and "manifest.json" in done.stderr
