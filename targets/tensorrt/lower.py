@@ -1,6 +1,6 @@
 """From the quantized canonical slices to the one strongly typed ONNX graph that TensorRT builds an engine from.
 
-docs/targets.md says which types stand where, and why. Inputs and outputs: targets.tensorrt.signature.
+docs/tensorrt-graph.md says which types stand where, and why. Inputs and outputs: targets.tensorrt.signature.
 """
 
 from collections.abc import Callable
