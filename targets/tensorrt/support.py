@@ -1,8 +1,8 @@
 """What the target can do with a recipe: native, emulated or refused, from the configuration and the SM alone.
 
 What TensorRT-RTX 1.7.1's builder accepts was found by building (tests/targets/tensorrt/test_builds.py), what it makes
-of it by its list of an engine's layers: docs/tensorrt-graph.md. Which SM has which arithmetic: NVIDIA, TensorRT "Hardware and
-Precision" support matrix.
+of it by its list of an engine's layers (docs/tensorrt-graph.md). Which SM has which arithmetic is also in NVIDIA's
+support matrix of TensorRT, "Hardware and Precision".
 """
 
 from calibration.coverage import actual_precision
