@@ -62,7 +62,8 @@ def _worker(job: dict[str, str], printed: IO[bytes]) -> Iterator[tuple[subproces
     with os.fdopen(receiving, encoding="utf-8") as messages:
         try:
             worker = subprocess.Popen(
-                [sys.executable, "-m", WORKER, str(sending)],
+                # -P: what lies in the current directory is not imported.
+                [sys.executable, "-P", "-m", WORKER, str(sending)],
                 stdin=subprocess.PIPE,
                 stdout=printed,
                 stderr=printed,

@@ -31,6 +31,7 @@ def request_for(*capabilities: str, **choices: bool) -> EngineRequest:
 
 
 SM89 = request_for("8.9")
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def ignore(fraction: float, detail: str) -> None:
@@ -172,6 +173,13 @@ def test_a_fault_of_our_own_keeps_its_trace(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="Traceback"):
         build(Decoder(layers=1).model(), tmp_path, request)
     assert not (tmp_path / "engine.plan").exists()
+
+
+def test_modules_in_the_current_directory_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(ROOT), *filter(None, sys.path)])
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong module')\n")
+    assert build(Decoder(layers=1).model(), tmp_path).plan_bytes > 0
 
 
 def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
