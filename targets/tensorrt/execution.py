@@ -117,14 +117,15 @@ class TensorRtExecution:
         if buffers is None:
             return
         loaded, self._loaded = self._loaded, None
-        try:
-            buffers.driver.make_current()
-            buffers.synchronize()
-        finally:
-            self._profiles.clear()
-            if loaded is not None:
-                loaded.close()
-            buffers.close()
+        with cuda_errors():
+            try:
+                buffers.driver.make_current()
+                buffers.synchronize()
+            finally:
+                self._profiles.clear()
+                if loaded is not None:
+                    loaded.close()
+                buffers.close()
 
 
 @dataclass(frozen=True)

@@ -162,13 +162,13 @@ def test_a_failing_driver_leaks_nothing_and_is_named(engine, call):
 
     def run() -> None:
         plan = str(engine.folder / MODEL).encode()
-        with cuda_errors():
+        with cuda_errors():  # as open_engine does
             execution = TensorRtExecution(trt, engine.index, plan, 1, driver=lambda: CudaDriver(0, cuda))
-            options = RunOptions(1, 1)
-            with TensorRtRunner(execution, engine.index, engine.checkpoint.config, LIMITS, options) as runner:
-                runner.prefill(np.ones((1, 20), np.int64), np.array([20]))
-                for _ in range(3):
-                    runner.decode(np.array([1]), np.array([True]))
+        options = RunOptions(1, 1)
+        with TensorRtRunner(execution, engine.index, engine.checkpoint.config, LIMITS, options) as runner:
+            runner.prefill(np.ones((1, 20), np.int64), np.array([20]))
+            for _ in range(3):
+                runner.decode(np.array([1]), np.array([True]))
 
     if call <= _calls_of_a_run(engine):
         try:
