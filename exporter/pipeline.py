@@ -135,14 +135,14 @@ def prepare(options: BuildOptions) -> Job:
     """Settle target, recipe, limits and coverage; raises before any weight is read."""
     target = get_target(options.target)
     source = ModelConfig.from_directory(options.checkpoint)
-    target.check_options(options.device, options.engine)
+    limits = Limits(options.max_batch, options.sequence_limit(source))
+    target.check_options(options.device, options.engine, limits)
     task = requested_task(options, source)
     parameters = open_parameters(options, source)
     recipe, config = requested_recipe(options, target, source, parameters), labelled_config(source, task)
     recipe = recipe if parameters else prospective(config, recipe)
     options.calibration.check(recipe, target.calibrated_caches)
     covered = coverage(built_config(config, recipe), recipe, target.matrix_bits)
-    limits = Limits(options.max_batch, options.sequence_limit(config))
     if blocker := first_blocker(options, target, config, recipe, covered, task):
         raise blocker
     if not (probe := target.probe()).usable:

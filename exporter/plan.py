@@ -97,7 +97,8 @@ def make_plan(options: BuildOptions) -> Plan:
     """Plan a build. Raises InputError or UnsupportedError where there is nothing to plan (no config, no target)."""
     target = get_target(options.target)
     source = ModelConfig.from_directory(options.checkpoint)
-    target.check_options(options.device, options.engine)
+    limits = Limits(options.max_batch, options.sequence_limit(source))
+    target.check_options(options.device, options.engine, limits)
     task = requested_task(options, source)
     parameters = open_parameters(options, source)
     recipe, config = requested_recipe(options, target, source, parameters), labelled_config(source, task)
@@ -105,7 +106,6 @@ def make_plan(options: BuildOptions) -> Plan:
     options.calibration.check_recipe(recipe, target.calibrated_caches)
     built = built_config(config, recipe)
     covered = coverage(built, recipe, target.matrix_bits)
-    limits = Limits(options.max_batch, options.sequence_limit(config))
     support = target.supports(config, recipe, options.device, options.engine, task)
     blocker = first_blocker(options, target, config, recipe, covered, task)
     notes = [support.why] if support.level != "native" and support.why else []

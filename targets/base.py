@@ -232,8 +232,9 @@ class Target(Protocol):
         """What `DeviceOptions.device` may name, each with one sentence; empty: this machine only."""
         ...
 
-    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN) -> None:
-        """Raise InputError for an unknown device or option, UnsupportedError for what engines cannot be built for."""
+    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN, limits: Limits | None = None) -> None:
+        """Raise InputError for an unknown device or option, UnsupportedError for what engines cannot be built for.
+        `limits`: the engine's, where they are known."""
         ...
 
     def capabilities(self) -> dict[str, Support]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from exporter.core.canonical import CheckpointWeight
-from exporter.core.checkpoint import Checkpoint
+from exporter.core.checkpoint import HEAD, Checkpoint
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.weights import row_chunks
 from exporter.parity.engine import STAGE, EngineResult, LogitSink
@@ -109,7 +109,9 @@ def _tensor_errors(
     config = stored.config
     for name, shape in config.tensor_shapes.items():
         part = "layer" if name.startswith("model.layers.") else "embedding" if "embed" in name else "head"
-        weight, sums = CheckpointWeight((name,), precisions.get(part, name)), ErrorSums()
+        # A form may write the head that a checkpoint ties to its embedding.
+        source = numbers.checkpoint.config.head_source if name == HEAD else name
+        weight, sums = CheckpointWeight((source,), precisions.get(part, name)), ErrorSums()
         for start, stop in row_chunks(shape):
             sums.add(as_float(numbers.rows(weight, start, stop)), stored.rows(name, start, stop))
         yield name, sums.value

@@ -84,7 +84,7 @@ class OnnxRuntimeTarget(EngineTarget):
     def devices(self) -> dict[str, str]:
         return {}
 
-    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN) -> None:
+    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN, limits: Limits | None = None) -> None:
         refuse_engine_options(self.name, engine)
         refuse_devices(self.name, device)
 

@@ -25,6 +25,7 @@ from targets.base import (
 )
 from targets.tensorrt import devices, formats, support
 from targets.tensorrt.defaults import completed
+from targets.tensorrt.profiles import profiles
 from targets.tensorrt.served_rows import served_rows
 from targets.tensorrt.toolkit import find_toolkit, probe_toolkit
 
@@ -88,9 +89,11 @@ class TensorRtTarget(EngineTarget):
     def devices(self) -> dict[str, str]:
         return devices.device_names()
 
-    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN) -> None:
+    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN, limits: Limits | None = None) -> None:
         refuse_engine_options(self.name, engine, OPTIONS)
         devices.named_capabilities(device)
+        if limits is not None:
+            profiles(limits, engine, GENERATE)
         if probe_toolkit().usable:
             devices.resolve_device(device, find_toolkit(), engine)
 

@@ -94,22 +94,22 @@ class TensorRtLlmTarget(EngineTarget):
     def devices(self) -> dict[str, str]:
         return {}
 
-    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN) -> None:
+    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN, limits: Limits | None = None) -> None:
         refuse_engine_options(self.name, engine, OPTIONS)
         refuse_devices(self.name, device)
         if engine.format is not None and engine.format not in formats.FORMS:
             what = f"--format {engine.format} is unknown"
             raise InputError("usage.format", what, f"use one of {', '.join(formats.FORMS)}")
-        if engine.compile_engine:
-            self._check_compiler(engine)
+        if engine.compile_engine and limits is not None:
+            self._check_compiler(engine, limits)
 
-    def _check_compiler(self, engine: EngineOptions) -> None:
+    def _check_compiler(self, engine: EngineOptions, limits: Limits) -> None:
         if formats.form_of(engine) != formats.LEGACY:
             what = "--engine compiles TensorRT-LLM checkpoints; this form is loaded as it is"
             raise UnsupportedError("tensorrt_llm.engine", what, "give --format trtllm, or leave --engine out")
         from targets.tensorrt_llm.trtllm_build import compiler_missing
 
-        if missing := compiler_missing(Limits(1, 1), engine):
+        if missing := compiler_missing(limits, engine):
             raise missing
 
     def capabilities(self) -> dict[str, Support]:

@@ -86,7 +86,7 @@ class TvmTarget(EngineTarget):
     def devices(self) -> dict[str, str]:
         return device_names()
 
-    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN) -> None:
+    def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN, limits: Limits | None = None) -> None:
         refuse_engine_options(self.name, engine)
         known_results(device, resolve_device(device))
 

@@ -77,6 +77,12 @@ def test_what_was_written_is_what_the_files_hold(
     assert (values(report)["kl_divergence_mean"] or 0) > 0 or recipe == "bf16"
 
 
+def test_a_head_that_was_tied_is_read_back(tiny_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    tied = Checkpoint.open(tiny_checkpoint("tied", hidden_size=128, intermediate_size=256, gain=0.5))
+    engine, numbers = written(tied, tmp_path, "fp8-channel", "trtllm")
+    assert values(verify_artifact(engine, NoProgress(), numbers))["stored_weights_error"] == 0.0
+
+
 def test_a_changed_code_is_found_and_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
     engine, numbers = written(checkpoint, tmp_path, "fp8-channel")
     name = "model.layers.1.mlp.up_proj.weight"
