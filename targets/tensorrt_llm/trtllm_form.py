@@ -59,8 +59,9 @@ CONFIG = "config.json"
 CHUNK_ELEMENTS = 1 << 20
 MAX_THREADS = 4
 LEAST_FP8_CACHE_SCALE = 1.0
-"""modelopt keeps scales of FP8 caches from falling below 1, as TensorRT-LLM's own converters do (llama/convert.py
-writes 1): E4M3 has its precision at any magnitude down to 2^-6, and keys are never so small as a whole."""
+"""modelopt keeps scales of FP8 caches from falling below 1; TensorRT-LLM's own converter writes 1 (llama/convert.py).
+E4M3 keeps four bits of any magnitude from 2^-6 on; what that costs smaller keys and values is measured when the files
+are read back."""
 
 
 def rank_file(rank: int) -> str:
