@@ -256,7 +256,9 @@ def _proof(engine: EngineUnderTest, stages: StageResults | None, result: EngineR
     simulated = None if result is None or result.unsimulated else result.faithful
     graphs = stages.passed if stages else None
     if result is not None and result.is_checkpoint:
-        words = f"{builder}; its files were read back, decoded and run by the eager model; no server has loaded it"
+        words = (
+            f"built by {builder}; its files were read back, decoded and run by the eager model; no server has loaded it"
+        )
         return Proof(graphs, builder, None, simulated, None, words)
     if not_run:
         instead = "its own graph was executed on this CPU instead" if result else "its simulation was checked instead"

@@ -32,7 +32,7 @@ def build_checkpoint(source: BuildSource, out_dir: Path, progress: Progress, ver
         weights_bytes=written.weights_bytes,
         triple="any",
         report=report,
-        built_by=f"a {TITLES[form]}, written by enginesmith",
+        built_by=f"enginesmith, as a {TITLES[form]}",
     )
 
 

@@ -27,21 +27,25 @@ def table(first_column: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(targets, row[1:], strict=True)) for row in rows}
 
 
+CPU = ("onnxruntime", "tvm")
+
+
 def config(shape: str = "gqa", **changes: object):
     return parse_config({**BASE, **SHAPES[shape], "model_type": "llama", **changes})
 
 
 def test_the_page_has_every_recipe_and_target():
     assert set(table("recipe")) == set(PRESETS)
-    for row in (*table("recipe").values(), *table("precision or cache").values()):
-        assert set(row) == set(TARGETS)
+    assert set(CPU) < set(TARGETS)
+    assert all(set(TARGETS) < set(row) for row in table("recipe").values())
+    assert all(set(row) == set(CPU) for row in table("precision or cache").values())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", PRESETS)
 def test_recipes_are_as_the_page_says(name, shape):
-    for target, level in table("recipe")[name].items():
-        assert get_target(target).supports(config(shape), preset(name)).level == level
+    for target in CPU:
+        assert get_target(target).supports(config(shape), preset(name)).level == table("recipe")[name][target]
 
 
 GROUPS = f"groups of {min(GROUP_SIZES)} to {max(GROUP_SIZES)}"
@@ -67,7 +71,7 @@ def row_of(name: str) -> str:
     return next((row for row, pattern in ROWS.items() if re.fullmatch(pattern, name)), name)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", CPU)
 def test_capabilities_are_as_the_page_says(name):
     page = {row: levels[name] for row, levels in table("precision or cache").items()}
     found = get_target(name).capabilities()
@@ -100,9 +104,8 @@ def test_a_cache_it_cannot_store_is_refused():
 
 
 def test_other_targets_are_refused_by_name():
-    for name, word in (("tensorrt", "planned"), ("nonsense", "unknown")):
-        with pytest.raises(UnsupportedError, match=word):
-            get_target(name)
+    with pytest.raises(UnsupportedError, match="unknown"):
+        get_target("nonsense")
 
 
 def test_probe_names_what_is_missing(monkeypatch):
