@@ -58,6 +58,10 @@ class Engine {
       throw UsageError("prompt and answer are longer than the engine's " +
                        std::to_string(Number(index_, "max_seq_len")) + " positions");
     }
+    // Engines of earlier versions do not say it: they all generate.
+    if (index_.count(String("head_size")) && Number(index_, "head_size") != vocabulary_) {
+      throw UsageError("the engine tells labels apart, this program generates");
+    }
     ReadWeights(folder + "/weights.bin");
     auto library = Global("ffi.ModuleLoadFromFile")(String(folder + "/engine.so")).cast<Module>();
     auto machine = Member(library, "vm_load_executable")().cast<Module>();

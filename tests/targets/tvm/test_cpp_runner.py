@@ -109,6 +109,17 @@ def test_another_machine_or_cpu_is_refused(tvm_engine, program, tmp_path):
     assert run(program, tmp_path / "nothing", *prompt_words()).returncode == 2
 
 
+def test_a_classifier_is_refused_and_an_older_engine_is_not(tvm_engine, program, tmp_path):
+    folder = as_artifact(tvm_engine(), tmp_path)
+    index = json.loads((folder / "engine.json").read_text())
+    (folder / "engine.json").write_text(json.dumps({**index, "head_size": 2}))
+    done = run(program, folder, *prompt_words())
+    assert done.returncode == 2 and "tells labels apart" in done.stderr
+    del index["head_size"]
+    (folder / "engine.json").write_text(json.dumps(index))
+    assert run(program, folder, *prompt_words()).returncode == 0
+
+
 # graviton3 itself asks for what qemu 7.2 has no core for.
 CORES = [("aarch64", "cortex-a53"), ("raspberry-pi-5", "cortex-a76"), ("aarch64-i8mm", "max")]
 
