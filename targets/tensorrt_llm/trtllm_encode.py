@@ -13,25 +13,26 @@ from targets.base import BuildSource
 from targets.tensorrt_llm.packing import pack_row_pairs
 from targets.tensorrt_llm.trtllm_config import FP8, MODULES, Algorithm, algorithm_of, module_precision
 
-PACKS_WITH_ONE_SCALE = (("attention.qkv",), ("attention.dense",), ("mlp.fc", "mlp.gate"), ("mlp.proj",))
-"""Modules whose E4M3 weights have one scale, as modelopt has it: q, k and v are one matrix, and `fuse_gate_mlp` makes
+PACKS_WITH_ONE_SCALE = (("attention.qkv",), ("mlp.fc", "mlp.gate"))
+"""Modules whose E4M3 weights share a scale, as modelopt has it: q, k and v are one matrix, and `fuse_gate_mlp` makes
 one of fc and gate (tensorrt_llm/models/modeling_utils.py)."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Some rows: `block` as stored, [n, K], or [n / 2, K] for int4; `scales` float32 [n, G] or None; `largest`: max|w|
-    of what int4 codes stand for."""
+    """Some rows: `block` as stored, [n, K], or [n / 2, K] for int4; `scales` float32 [n, G] or None; `whole`: the one
+    scale of E4M3 weights; `largest`: max|w| of what int4 codes stand for."""
 
     block: np.ndarray
     scales: np.ndarray | None = None
+    whole: np.float32 | None = None
     largest: float = 0.0
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One of the checkpoint's matrices: `name` like `model.layers.0.mlp.up_proj.weight`. `shared` is the scale of all
-    matrices that are stored as one, or have one input, where the format has one (FP8)."""
+    """One of the checkpoint's matrices: `name` like `model.layers.0.mlp.up_proj.weight`. `shared` is the scale of
+    E4M3 weights that several matrices have together; None: its own."""
 
     name: str
     precision: Precision
@@ -45,21 +46,21 @@ class Matrix:
         rows = source.rows(CheckpointWeight((self.name,), self.precision), start, stop)
         assert isinstance(rows, QuantizedRows)
         if self.algorithm == FP8:
-            return Encoded(self._with_shared_scale(source, rows, start, stop))
+            return self._with_one_scale(source, rows, start, stop)
         if self.algorithm.weights == "int4":
             rows = positive_scales(rows)
-            return Encoded(pack_row_pairs(rows.codes).view(np.int8), rows.scales, _largest(rows))
+            return Encoded(pack_row_pairs(rows.codes).view(np.int8), rows.scales, largest=_largest(rows))
         return Encoded(rows.codes, rows.scales)
 
-    def _with_shared_scale(self, source: BuildSource, rows: QuantizedRows, start: int, stop: int) -> np.ndarray:
+    def _with_one_scale(self, source: BuildSource, rows: QuantizedRows, start: int, stop: int) -> Encoded:
         """E4M3 bytes [n, K] for the shared scale: from the weights themselves, as modelopt does; where an algorithm
         chose the codes, from what those stand for."""
-        assert self.shared is not None
-        if not rows.codes.size or rows.scales[0, 0] == self.shared:
-            return rows.codes
-        if "gptq" in source.recipe.algorithms:
-            return encode_e4m3(rows.dequantize() / self.shared)
-        return encode_e4m3(_floats(source, self.name, "fp32", start, stop) / self.shared)
+        own = np.float32(rows.scales[0, 0])
+        if self.shared is None or own == self.shared:
+            return Encoded(rows.codes, whole=own)
+        chosen = "gptq" in source.recipe.algorithms
+        values = rows.dequantize() if chosen else _floats(source, self.name, "fp32", start, stop)
+        return Encoded(encode_e4m3(values / self.shared), whole=self.shared)
 
 
 def _largest(rows: QuantizedRows) -> float:
@@ -68,7 +69,7 @@ def _largest(rows: QuantizedRows) -> float:
 
 
 def shared_scales(source: BuildSource, layer: int) -> dict[str, np.float32]:
-    """By module of a layer: the scale of its E4M3 weights. Reads those matrices once."""
+    """By module of a layer: the scale that its E4M3 weights share with others. Reads those matrices once."""
     shared: dict[str, np.float32] = {}
     for modules in PACKS_WITH_ONE_SCALE:
         precision = module_precision(source.recipe, layer, modules[0])

@@ -7,7 +7,7 @@ memory holds a few chunks whatever the model's size and the number of shards.
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -158,7 +158,7 @@ class _Writer:
     def _layer(self, layer: int) -> Iterator["_Job"]:
         prefix, ranks = layer_prefix(self.shards, layer), self.shards.ranks_of(self.shards.place(layer)[0])
         shared = shared_scales(self.source, layer)
-        yield _Job(f"layers.{layer}", partial(self._scalars, layer, prefix, ranks, shared))
+        yield _Job(f"layers.{layer}", partial(self._scalars, layer, prefix, ranks))
         for module, names in MODULES.items():
             precision = module_precision(self.source.recipe, layer, module)
             algorithm = algorithm_of(precision)
@@ -186,6 +186,11 @@ class _Writer:
                 place = (tensor, pieces[0].rank)
                 self.largest[place] = max(self.largest.get(place, 0.0), encoded.largest)
         for piece in pieces:
+            if encoded.whole is not None and start <= piece.start < stop and piece.row == 0:
+                # The first of the matrices that are stored as one: the others have the same scale.
+                self.files[piece.rank].write(
+                    f"{tensor}.weights_scaling_factor", 0, np.array([encoded.whole], np.float32)
+                )
             low, high = max(start, piece.start), min(stop, piece.stop)
             if low < high:
                 part = slice(low - start, high - start)
@@ -226,19 +231,17 @@ class _Writer:
         assert isinstance(values, np.ndarray)
         return values
 
-    def _scalars(self, layer: int, prefix: str, ranks: range, shared: Mapping[str, np.float32]) -> None:
+    def _scalars(self, layer: int, prefix: str, ranks: range) -> None:
         """Norms, and the numbers of which a module or a layer has one."""
         for norm, name in NORMS.items():
             self._vector(f"model.layers.{layer}.{name}.weight", f"{prefix}.{norm}.weight", ranks)
-        numbers = {f"{prefix}.{name}": value for name, value in self._numbers(layer, shared)}
+        numbers = {f"{prefix}.{name}": value for name, value in self._numbers(layer)}
         for rank in ranks:
             for name, value in numbers.items():
                 self.files[rank].write(name, 0, np.array([value], np.float32))
 
-    def _numbers(self, layer: int, shared: Mapping[str, np.float32]) -> Iterator[tuple[str, float | np.float32]]:
+    def _numbers(self, layer: int) -> Iterator[tuple[str, float]]:
         recipe = self.source.recipe
-        for module, scale in shared.items():
-            yield f"{module}.weights_scaling_factor", scale
         for module, names in MODULES.items():
             if module_precision(recipe, layer, module).activations.endswith("/tensor"):
                 scales = [self.source.input_scales[f"model.layers.{layer}.{name}"] for name in names]

@@ -15,9 +15,11 @@ from calibration.transformed import with_transforms
 from calibration.transforms import FoldNorms, RotateResidual, ScaleInput
 from calibration.weight_rows import WeightRows
 from exporter.core.canonical import CheckpointWeight
+from exporter.core.progress import NoProgress
 from exporter.core.recipe import Override, Precision
 from exporter.core.weights import QuantizedRows
 from targets.base import BuildSource
+from targets.tensorrt_llm import trtllm_form
 from targets.tensorrt_llm.loader_rounding import loaded_rows
 from tests.support.tiny import write_checkpoint
 from tests.targets.tensorrt_llm.trtllm_sources import PRECISIONS, SHAPE, recipe_of, reopened, source_of, whole, written
@@ -235,3 +237,31 @@ def test_the_same_source_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) 
         written(source, tmp_path / name)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["FP8", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "W8A8_SQ_PER_CHANNEL"])
+def test_the_size_of_chunks_changes_no_byte(
+    checkpoint: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of a few rows, which end inside of heads and shards."""
+    source = source_of(checkpoint, recipe_of(name), 2)
+    written(source, tmp_path / "whole")
+    monkeypatch.setattr(trtllm_form, "CHUNK_ELEMENTS", 256 * 22)
+    written(source, tmp_path / "pieces")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "pieces" / path.name).read_bytes(), path.name
+
+
+def test_progress_goes_up_to_the_end(checkpoint: Path, tmp_path: Path) -> None:
+    class Seen(NoProgress):
+        def __init__(self) -> None:
+            self.fractions: list[float] = []
+
+        def advance(self, fraction: float, detail: str = "") -> None:
+            self.fractions.append(fraction)
+
+    seen = Seen()
+    (tmp_path / "out").mkdir()
+    trtllm_form.write_trtllm(source_of(checkpoint, recipe_of("FP8"), 2), tmp_path / "out", seen)
+    assert seen.fractions == sorted(seen.fractions)
+    assert seen.fractions[-1] == pytest.approx(1, abs=0.02)  # norms and biases are not counted
