@@ -16,6 +16,7 @@ BLOCK = 16
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 SAME = 2.0**-20
 """Two numbers that differ by less than this part were one before float32 rounded them."""
+CHUNK_ELEMENTS = 1 << 18
 LARGEST_MANTISSAS = (1.75, *(1 + eighth / 8 for eighth in (5, 4, 3, 2, 1, 0)), 1.875)
 """Fractions that a largest E4M3 number may have; 448 = 1.75 * 2^8 first, which abs-max scaling leads to."""
 
@@ -55,12 +56,24 @@ def _common_factor(scales: np.ndarray) -> tuple[np.ndarray, np.float32]:
     for mantissa in LARGEST_MANTISSAS:
         # 1.875 * 2^8 would be NaN.
         largest = mantissa * (2.0**8 if mantissa <= 1.75 else 2.0**7)
-        exact = scales.astype(np.float64) * (largest / top)
-        found = exact.astype(E4M3)
-        if (np.abs(found.astype(np.float64) - exact) <= SAME * exact).all():
-            return found.view(np.uint8), np.float32(top / largest)
+        stored = _as_e4m3(scales, largest / top)
+        if stored is not None:
+            return stored, np.float32(top / largest)
     raise UnsupportedError(
         "tensorrt.scales",
         "the scales of an nvfp4 matrix have no float32 that all of them are E4M3 multiples of",
         "quantize it again: such scales come from no calibration of enginesmith",
     )
+
+
+def _as_e4m3(scales: np.ndarray, factor: float) -> np.ndarray | None:
+    """uint8 bytes of scales times a factor where all of them are E4M3 numbers, but for float32 rounding."""
+    stored = np.empty(scales.shape, np.uint8)
+    step = max(1, CHUNK_ELEMENTS // max(scales.shape[1], 1))
+    for start in range(0, len(scales), step):
+        exact = scales[start : start + step].astype(np.float64) * factor
+        found = exact.astype(E4M3)
+        if not (np.abs(found.astype(np.float64) - exact) <= SAME * exact).all():
+            return None
+        stored[start : start + step] = found.view(np.uint8)
+    return stored
