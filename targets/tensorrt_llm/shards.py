@@ -168,7 +168,7 @@ def _cut_faults(config: ModelConfig, recipe: Recipe, engine: EngineOptions) -> I
         yield f"--pp {pp} of a model with {config.num_layers} layers", f"--pp {config.num_layers} at most"
     heads, kv_heads = config.num_heads, config.num_kv_heads
     if heads % tp:
-        yield f"--tp {tp} does not divide {heads} attention heads", _choices(config, recipe)
+        yield f"--tp {tp} does not divide {heads} heads", _choices(config, recipe)
     elif kv_heads % tp and tp % kv_heads:
         yield f"--tp {tp} neither divides {kv_heads} heads of keys nor is a multiple", _choices(config, recipe)
     if config.intermediate_size % tp:
@@ -180,7 +180,7 @@ def _cut_faults(config: ModelConfig, recipe: Recipe, engine: EngineOptions) -> I
 def _width_faults(config: ModelConfig, recipe: Recipe, tp: int) -> Iterator[str]:
     """Every matrix whose kernel would need padding."""
     algorithm = model_algorithm(config, recipe)
-    multiple = algorithm.multiple * tp
+    multiple = algorithm.multiple * tp if algorithm.multiple > 1 else 1
     for module, names in MODULES.items():
         rows = _whole_rows(config, names, tp)
         width = config.linear_shapes[names[0]][1]

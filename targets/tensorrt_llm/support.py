@@ -7,6 +7,7 @@ from exporter.core.config import ModelConfig
 from exporter.core.engine_options import PLAIN, EngineOptions
 from exporter.core.recipe import KV_CACHES, Precision, Recipe, all_precisions
 from exporter.core.support import Support
+from targets.tensorrt_llm import shards
 from targets.tensorrt_llm.formats import (
     AWQ_GROUPS,
     COMPRESSED,
@@ -197,29 +198,4 @@ def _shards(config: ModelConfig, recipe: Recipe, engine: EngineOptions, form: st
             return Support("native")
         why = f"{TITLES[form]} is never cut: the server does that when it loads"
         return Support("refused", why, "leave --tp and --pp out and give them to the server, or use --format trtllm")
-    reasons = list(_uneven_heads(config, tp))
-    reasons += [f"--pp {pp} does not divide {config.num_layers} layers"] if config.num_layers % pp else []
-    reasons += _uneven_groups(config, recipe, tp)
-    return Support("refused", "; ".join(reasons), "use fewer shards") if reasons else Support("native")
-
-
-def _uneven_heads(config: ModelConfig, tp: int) -> Iterator[str]:
-    if config.num_heads % tp:
-        yield f"--tp {tp} does not divide {config.num_heads} heads"
-    if config.num_kv_heads % tp and tp % config.num_kv_heads:
-        yield f"--tp {tp} and {config.num_kv_heads} heads of keys: neither divides the other"
-    if config.intermediate_size % tp:
-        yield f"--tp {tp} does not divide an intermediate size of {config.intermediate_size}"
-
-
-def _uneven_groups(config: ModelConfig, recipe: Recipe, tp: int) -> list[str]:
-    """Matrices that are cut along their rows' width: o_proj and down_proj."""
-    group = recipe.linear.group_size or 0
-    if tp == 1 or group <= 0:
-        return []
-    widths = {name: config.linear_shapes[name][1] for name in ("self_attn.o_proj", "mlp.down_proj")}
-    return [
-        f"--tp {tp} leaves {name} rows of {width / tp:g}, which groups of {group} do not divide"
-        for name, width in widths.items()
-        if (width / tp) % group
-    ]
+    return shards.check(config, recipe, engine)

@@ -75,7 +75,7 @@ def test_tables_cover_the_vocabulary_once(vocabulary: int, tp: int) -> None:
 
 
 GIVEN: list[tuple[str, dict[str, Any], dict[str, int], str, str]] = [
-    ("bf16", {}, {"tensor_parallel": 3}, "--tp 3 does not divide 8 attention heads", "--tp 1, 2, 4, 8"),
+    ("bf16", {}, {"tensor_parallel": 3}, "--tp 3 does not divide 8 heads", "--tp 1, 2, 4, 8"),
     ("bf16", {}, {"pipeline_parallel": 4}, "--pp 4 of a model with 3 layers", "--pp 3 at most"),
     ("bf16", {}, {"tensor_parallel": 8, "pipeline_parallel": 100}, "800 shards", f"at most {MOST_RANKS}"),
     (
