@@ -1,6 +1,7 @@
 """The memory a process holds and may hold: the figures of `plan`, `build --max-ram` and the benchmarks."""
 
 import os
+import resource
 from pathlib import Path
 
 from exporter.core.errors import BudgetError
@@ -17,6 +18,11 @@ def peak_resident_bytes() -> int:
     raise OSError("the kernel reports no VmHWM")
 
 
+def peak_bytes() -> int:
+    """The same, or the most that a process started by this one held, whichever is larger."""
+    return max(peak_resident_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+
+
 def available_bytes() -> int:
     """Memory that can be had without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -26,8 +32,8 @@ def available_bytes() -> int:
 
 
 def check_peak(limit: int | None, stage: str) -> None:
-    """Raise BudgetError if the process has ever held more than `limit` bytes."""
-    peak = peak_resident_bytes()
+    """Raise BudgetError if the process, or one it started, has ever held more than `limit` bytes."""
+    peak = peak_bytes()
     if limit is not None and peak > limit:
         raise BudgetError(
             "memory.exceeded",

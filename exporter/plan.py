@@ -24,9 +24,6 @@ from targets.registry import get_target
 TRACE_BYTES = 520e6
 STREAM_BYTES = 60e6
 RUNTIME_BYTES = 120e6
-# Graph or library, index, and the gaps between tensors, which start on pages of 4096 bytes: measured on engines of 2
-# and 6 layers, where the forecast is within 150 kB of the engine (tests/test_plan.py).
-PROGRAM_BYTES, PROGRAM_LAYER_BYTES = 135e3, 12e3
 # Parity keeps the residual stream of all rows, and the logits of one block of them, in float32.
 PARITY_TOKENS = 2048
 HEAD_BLOCK = 64 << 20
@@ -164,13 +161,14 @@ def first_blocker(
 
 def engine_bytes(options: BuildOptions, config: ModelConfig, covered: Coverage, limits: Limits) -> int:
     """Bytes of the artifact: matrices as the target stores them, vectors and rotary tables in float32, tokenizer,
-    graph or library."""
+    graph or library, and what separates tensors, which start on pages of 4096 bytes."""
     shapes = config.tensor_shapes.values()
     vectors = sum(shape[0] for shape in shapes if len(shape) == 1)
     matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
     weights = matrices * covered.bits_per_weight / 8 + 4 * (vectors + limits.max_seq_len * config.head_dim)
-    program = PROGRAM_BYTES + PROGRAM_LAYER_BYTES * config.num_layers
-    return int(weights + tokenizer_bytes(options.checkpoint) + program)
+    footprint = get_target(options.target).footprint
+    program = footprint.program_bytes + footprint.layer_bytes * config.num_layers
+    return int(footprint.copies * weights + tokenizer_bytes(options.checkpoint) + program)
 
 
 def plan_stages(
@@ -180,7 +178,8 @@ def plan_stages(
     stages = [("calibrate", calibration_bytes(options, config, recipe))]
     stages = stages if options.calibration.calibrates(recipe) else []
     stages += [("trace", TRACE_BYTES), ("fuse", TRACE_BYTES), ("quantize", TRACE_BYTES)]
-    stages.append(("compile", TRACE_BYTES + STREAM_BYTES))
+    footprint = get_target(options.target).footprint
+    stages.append(("compile", TRACE_BYTES + STREAM_BYTES + footprint.compile_share * engine / footprint.copies))
     if options.parity:
         layer = 4 * sum(math.prod(shape) for shape in config.linear_shapes.values())
         heads = 2 * config.num_layers * config.num_kv_heads

@@ -17,6 +17,7 @@ from targets.base import (
     DeviceOptions,
     EngineOptions,
     EngineTarget,
+    Footprint,
     Limits,
     RowReader,
     Runner,
@@ -43,6 +44,8 @@ class TensorRtTarget(EngineTarget):
     name = "tensorrt"
     calibrated_caches = frozenset[str]()
     has_stand_in = True
+    # The graph's weights stay beside the plan; 9 MB of kernels in plans of 6 layers, 2.2 bytes held for each of weights.
+    footprint = Footprint(copies=2, program_bytes=9e6, layer_bytes=20e3, compile_share=2.2)
 
     def probe(self) -> Support:
         """Whether engines can be built here; running one needs a GPU and the toolkit that built it."""

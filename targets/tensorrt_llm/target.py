@@ -18,6 +18,7 @@ from targets.base import (
     DeviceOptions,
     EngineOptions,
     EngineTarget,
+    Footprint,
     Limits,
     RowReader,
     Runner,
@@ -47,6 +48,7 @@ class TensorRtLlmTarget(EngineTarget):
 
     name = "tensorrt-llm"
     calibrated_caches = frozenset({"int8"})
+    footprint = Footprint(program_bytes=20e3, layer_bytes=2e3)
 
     def probe(self) -> Support:
         """Checkpoints can be written everywhere."""
