@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from exporter.core.config import ModelConfig, read_json
+from exporter.core.config import ModelConfig, RopeConfig, read_json
 from exporter.core.recipe import Precision
 from targets.tensorrt_llm.formats import TORCH_TYPES
 from targets.tensorrt_llm.streamed_files import write_json
@@ -101,7 +101,20 @@ def model_config(source: ModelConfig, kind: str, quantization_config: dict[str, 
         key: types[kind],
         "tie_word_embeddings": source.tie_word_embeddings,
     }
+    found = {**_older_rope(source), **found}
     return found if quantization_config is None else {**found, "quantization_config": quantization_config}
+
+
+def _older_rope(source: ModelConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, for servers with transformers 4 (TensorRT-LLM 1.2): they know no
+    `rope_parameters` and would compute positions with the default of 10000, without a word."""
+    rope = source.rope
+    if "rope_parameters" not in source.raw or rope == RopeConfig():
+        return {}
+    if rope.type == "default":
+        return {"rope_theta": rope.theta}
+    scaling = {name: value for name, value in source.raw["rope_parameters"].items() if name != "rope_theta"}
+    return {"rope_theta": rope.theta, "rope_scaling": scaling}
 
 
 def write_configs(

@@ -103,6 +103,26 @@ def _without_quantization(path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize(("shape", "keys"), [("llama3_rope", 2), ("linear_rope", 2), ("gqa", 0)])
+def test_rope_is_told_in_the_words_of_older_servers_too(
+    tiny_checkpoint: Factory, tmp_path: Path, shape: str, keys: int
+) -> None:
+    """and transformers 5 reads the same as from the checkpoint itself."""
+    from transformers import AutoConfig
+
+    source = source_of(tiny_checkpoint(shape, **WIDE), RECIPES["bf16"])
+    write_hf(source, tmp_path, quiet)
+    config = json.loads((tmp_path / "config.json").read_text())
+    found = {name: config[name] for name in ("rope_theta", "rope_scaling") if name in config}
+    assert len(found) == keys
+    if keys:
+        rope = source.config.rope
+        assert found["rope_theta"] == rope.theta
+        assert found["rope_scaling"]["rope_type"] == rope.type and found["rope_scaling"]["factor"] == rope.factor
+    theirs, ours = (AutoConfig.from_pretrained(path).rope_parameters for path in (source.checkpoint.path, tmp_path))
+    assert theirs == ours
+
+
 def test_a_head_that_transforms_untied_stands_in_the_files(tiny_checkpoint: Factory, tmp_path: Path) -> None:
     path = tiny_checkpoint("tied", **WIDE)
     checkpoint = with_transforms(Checkpoint.open(path), [FoldNorms()])
@@ -141,6 +161,27 @@ def test_shards_and_portions_change_no_byte(
             with safe_open(cut / index["weight_map"][tensor], "pt") as part:
                 expected, found = (file.get_tensor(tensor) for file in (one, part))
                 assert expected.dtype == found.dtype and expected.tolist() == found.tolist(), tensor
+
+
+def test_rows_are_asked_for_in_small_even_portions(
+    tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed_files, "CHUNK_ELEMENTS", 1000)
+    path = tiny_checkpoint("gqa", **WIDE)
+    plain, asked = WeightRows(Checkpoint.open(path)), []
+
+    def rows(weight: CheckpointWeight, start: int, stop: int) -> "np.ndarray | QuantizedRows":
+        asked.append((weight.sources[0], start, stop))
+        return plain(weight, start, stop)
+
+    source = source_of(path, RECIPES["int4"], rows)
+    write_hf(source, tmp_path, quiet)
+    for name, start, stop in asked:
+        shape = source.config.tensor_shapes[name]
+        width = shape[1] if len(shape) > 1 else 1
+        assert start % 2 == 0 and (stop - start) * width <= max(1000, 2 * width)
+    covered = sum(stop - start for _, start, stop in asked)
+    assert covered == sum(shape[0] for shape in source.config.tensor_shapes.values())
 
 
 def test_a_float32_checkpoint_becomes_bfloat16(tiny_checkpoint: Factory, tmp_path: Path) -> None:
