@@ -154,7 +154,9 @@ def quantization(config: ModelConfig, recipe: Recipe) -> Mapping[str, Any]:
         # Scales of AWQ are folded into the weights; its kernels take a factor for each input, ones here.
         found |= {"group_size": algorithm.group_size, "has_zero_point": False, "pre_quant_scale": True}
     if algorithm.name:
-        found["exclude_modules"] = [*_unquantized(algorithm), *left_out(config, recipe)]
+        # Weight-only ones are matched against names of weights too (weight_only_quantize_dict).
+        star = "*" if algorithm in WEIGHT_ONLY else ""
+        found["exclude_modules"] = [*_unquantized(algorithm), *(f"{name}{star}" for name in left_out(config, recipe))]
     return found
 
 

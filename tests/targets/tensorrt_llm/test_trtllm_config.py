@@ -1,5 +1,6 @@
 """config.json of TensorRT-LLM checkpoints: the keys of LLaMAConfig and QuantConfig, rotary embedding above all."""
 
+import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,15 @@ def test_a_recipe_whose_first_layers_are_floats_is_still_quantized() -> None:
     assert found["quant_algo"] == "FP8"
     assert "transformer.layers.0.attention.qkv" in found["exclude_modules"]
     assert "transformer.layers.1.attention.qkv" not in found["exclude_modules"]
+
+
+def test_weights_left_out_of_weight_only_rounding_are_matched_by_both_of_their_names() -> None:
+    recipe = recipe_of("W8A16", overrides=(Override("layers.1.*", Precision("bf16")),))
+    excluded = config_json(CONFIG, recipe, EngineOptions())["quantization"]["exclude_modules"]
+    for name in ("transformer.layers.1.mlp.fc", "transformer.layers.1.mlp.fc.weight", "lm_head"):
+        assert any(fnmatch.fnmatchcase(name, pattern) for pattern in excluded)
+    for name in ("transformer.layers.10.mlp.fc", "transformer.layers.0.mlp.fc.weight", "transformer.layers.0.mlp.gate"):
+        assert not any(fnmatch.fnmatchcase(name, pattern) for pattern in excluded)
 
 
 @pytest.mark.parametrize("kind,wanted", [("bf16", "bfloat16"), ("fp16", "float16")])

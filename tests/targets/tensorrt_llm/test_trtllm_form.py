@@ -179,6 +179,16 @@ def test_layers_left_in_bf16_are_named_and_stay_so(checkpoint: Path, tmp_path: P
     assert "model.layers.0.self_attn.q_proj" not in stored.input_scales
 
 
+def test_layers_left_out_of_weight_only_rounding_stay_as_they_are(checkpoint: Path, tmp_path: Path) -> None:
+    source = source_of(checkpoint, recipe_of("W8A16", overrides=(Override("layers.1.*", Precision("bf16")),)))
+    written(source, tmp_path / "out")
+    stored = reopened(source, tmp_path / "out")
+    for layer, same in ((0, False), (1, True), (2, False)):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        original = source.checkpoint.read(name).astype(np.float32)
+        assert np.array_equal(stored.rows(name, 0, len(original)), original) == same
+
+
 def test_a_tied_head_is_written_out(tmp_path: Path) -> None:
     source = source_of(write_checkpoint(tmp_path / "llama", "tied", **SHAPE), recipe_of("bf16"), 2, 3)
     written(source, tmp_path / "out")
