@@ -101,7 +101,7 @@ def decoded_bytes(proto: "onnx.ModelProto") -> int:
 
     weights = proto.graph.initializer
     width = 4 if any(each.data_type == TensorProto.BFLOAT16 for each in weights) else 2
-    return width * sum(math.prod(each.dims) for each in weights)
+    return width * sum(int(math.prod(each.dims)) for each in weights)
 
 
 def _options(folder: Path, threads: int) -> "ort.SessionOptions":
