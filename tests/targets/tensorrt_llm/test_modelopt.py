@@ -10,12 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from calibration.calibrate import CalibrateOptions, calibrate
+from calibration.data import CalibrationData, DataSummary
 from exporter.core.canonical import CheckpointWeight
+from exporter.core.checkpoint import Checkpoint
+from exporter.core.progress import NoProgress
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.weights import QuantizedRows
+from exporter.recipe_numbers import calibrated_numbers
 from targets.tensorrt_llm.hf_form import write_hf
 from targets.tensorrt_llm.hf_reader import open_hf
-from tests.targets.tensorrt_llm.modelopt_exports import Export, exported
+from targets.tensorrt_llm.target import TensorRtLlmTarget
+from tests.targets.tensorrt_llm.modelopt_exports import IDS, Export, exported
 from tests.targets.tensorrt_llm.sources import FP8, FP8_CHANNEL, INT4, W4A8, WIDE, quiet, recipe_of, source_of
 
 pytest.importorskip("modelopt")
@@ -71,6 +77,30 @@ def test_fp8_weights_are_theirs_byte_for_byte(
             torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=0)
         else:
             assert torch.equal(found[name], expected.bfloat16()), name
+
+
+def test_a_calibration_of_ours_finds_their_scales(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """From the ids to the files, each by its own code; both in float32."""
+    path, data = tiny_checkpoint("gqa", **WIDE), IDS.numpy()
+    made = exported(path, tmp_path / "theirs", "FP8", kv_cache=True, dtype=torch.float32)
+    checkpoint, recipe = Checkpoint.open(path), RECIPES["FP8"]
+    calibration = CalibrationData(data, DataSummary("0" * 64, "text", 3, data.size, *data.shape, 0))
+    options = CalibrateOptions(threads=1)
+    parameters = calibrate(checkpoint, recipe, calibration, tmp_path / "q.safetensors", options, NoProgress())
+    numbers = calibrated_numbers(checkpoint, recipe, parameters, TensorRtLlmTarget())
+    (tmp_path / "ours").mkdir()
+    source = source_of(path, recipe, numbers.rows, dict(numbers.input_scales), dict(numbers.kv_scales))
+    write_hf(source, tmp_path / "ours", quiet)
+    theirs, found = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    scales = [name for name in theirs if name.endswith("scale")]
+    assert len(scales) == 2 * (7 + 7 + 2)
+    for name in scales:
+        rtol = 1e-6 if name.endswith("weight_scale") else 1e-4
+        torch.testing.assert_close(found[name], theirs[name], rtol=rtol, atol=0, msg=name)
+    assert all(
+        torch.equal(found[n].view(torch.uint8), theirs[n].view(torch.uint8)) for n in found if "proj.weight" in n
+    )
+    assert made.kv_amax.keys() == {0, 1}
 
 
 @pytest.mark.parametrize("algorithm", ["FP8", "FP8_PER_CHANNEL_PER_TOKEN"])
