@@ -1,6 +1,6 @@
 """The recipe of a build: a preset, a TOML file, or that of a file of quantization parameters, and its overrides."""
 
-from calibration.presets import PRESETS, load_recipe, with_parts
+from calibration.presets import PRESETS, completed, load_recipe, with_parts
 from calibration.qparams import QParams
 from exporter.core.config import ModelConfig
 from exporter.core.errors import InputError
@@ -36,7 +36,9 @@ def _of_parameters(options: BuildOptions, target: Target, config: ModelConfig, r
     if options.group_size is not None:
         recipe = recipe.with_group_size(options.group_size)
     recipe = with_parts(recipe, options.group_size, options.lm_head, options.embedding, options.kv_cache)
-    return target.complete(recipe, _unnamed(options, recipe), config, options.engine)
+    return completed(
+        recipe, _unnamed(options, recipe), lambda part, unnamed: target.complete(part, unnamed, config, options.engine)
+    )
 
 
 def _unnamed(options: BuildOptions, recipe: Recipe) -> frozenset[str]:

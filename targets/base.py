@@ -269,8 +269,8 @@ UNNAMED = ("lm_head", "embedding", "kv_cache", "linear", "group_size")
 class Footprint:
     """What an artifact takes beside its weights, and what building it holds, for forecasts.
 
-    `copies`: how often the weights are in the files; `program_bytes`, `layer_bytes`: of graph or library and index, as a
-    whole and for each layer; `compile_share`: memory of the compiler for each byte of weights.
+    `copies`: how often the weights are in the files; `program_bytes`, `layer_bytes`: of graph or library and index, in
+    all and for each layer; `compile_share`: memory of the compiler for each byte of weights.
     """
 
     copies: int = 1

@@ -7,6 +7,7 @@ local reference is the eager layer with the recipe's rounded weights: a lossless
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -133,8 +134,11 @@ class StageTrack:
 
     @property
     def inputs_scored(self) -> list[Scored]:
-        """The positions whose logits are compared: those of the rows that a stage runs as a whole."""
-        return [each for each in scored_positions(self.inputs) if each.group != "tail"]
+        """The positions whose logits are compared: all of the rows that a stage runs as a whole, up to the last that an
+        engine is scored at. A third of them would let chance decide: over 211 positions the perplexity of an FP8 model
+        scatters by 0.6 % of eager's, over 633 by a third of that."""
+        rows = (each for each in scored_positions(self.inputs) if each.group != "tail")
+        return [replace(each, positions=np.arange(each.positions[-1] + 1)) for each in rows]
 
     def finish(self, check: HeadCheck) -> None:
         self.metrics = check.metrics

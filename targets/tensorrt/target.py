@@ -44,7 +44,7 @@ class TensorRtTarget(EngineTarget):
     name = "tensorrt"
     calibrated_caches = frozenset[str]()
     has_stand_in = True
-    # The graph's weights stay beside the plan; 9 MB of kernels in plans of 6 layers, 2.2 bytes held for each of weights.
+    # The graph's weights stay beside the plan; plans of 6 layers have 9 MB of kernels; the builder holds weights twice.
     footprint = Footprint(copies=2, program_bytes=9e6, layer_bytes=20e3, compile_share=2.2)
 
     def probe(self) -> Support:
