@@ -40,7 +40,7 @@ def polygraphy_checks(
     cases = polygraphy_cases(simulation, inputs, index)
     with _quiet():
         errors = _compare(model, cases, limit, threads)
-    note = f"Polygraphy {polygraphy.__version__}, {len(cases)} calls of {model.name}"
+    note = "; ".join([f"Polygraphy {polygraphy.__version__}, {len(cases)} calls of {model.name}", *errors.changes])
     return tuple(
         Check(NAME if name == "logits" else f"{NAME}_{name}", value, limit, STAGE, note)
         for name, value in errors.largest.items()
@@ -49,10 +49,12 @@ def polygraphy_checks(
 
 @dataclass
 class Errors:
-    """The largest relative L2 error of each output: a comparison function of Polygraphy's that keeps what it saw."""
+    """The largest relative L2 error of each output: a comparison function of Polygraphy's that keeps what it saw.
+    `changes`: what of the graph was computed otherwise than it stands."""
 
     largest: dict[str, float]
     limit: float | None
+    changes: tuple[str, ...] = ()
 
     def __call__(self, expected: Any, found: Any) -> "OrderedDict[str, bool]":
         passed: OrderedDict[str, bool] = OrderedDict()
@@ -70,10 +72,10 @@ def _compare(model: Path, cases: list[Case], limit: float | None, threads: int) 
     from polygraphy.comparator import Comparator
 
     outputs = list(cases[0].expected)
-    session = _session(model, outputs, threads)
+    session, changes = _session(model, outputs, threads)
     types = {value.name: value.type for value in session.get_inputs()}
     feeds = [_as_the_graph_takes(case.feeds, types) for case in cases]
-    errors = Errors({}, limit)
+    errors = Errors({}, limit, changes)
     runners = [_simulation_runner(cases, feeds), OnnxrtRunner(session)]
     results = Comparator.run(runners, data_loader=feeds)
     passed = bool(Comparator.compare_accuracy(results, compare_func=errors))
@@ -82,16 +84,17 @@ def _compare(model: Path, cases: list[Case], limit: float | None, threads: int) 
     return errors
 
 
-def _session(model: Path, outputs: list[str], threads: int) -> Any:
-    """The graph as the CPU computes it, with some of its outputs: of all caches, copies would fill the memory."""
+def _session(model: Path, outputs: list[str], threads: int) -> tuple[Any, tuple[str, ...]]:
+    """The graph as the CPU computes it, and what that changes of it; with some of its outputs: copies of all caches
+    would fill the memory."""
     import onnx
 
     proto = onnx.load(str(model), load_external_data=False)
     kept = [value for value in proto.graph.output if value.name in outputs]
     del proto.graph.output[:]
     proto.graph.output.extend(kept)
-    cpu_form(proto)
-    return open_graph(proto, model.parent, threads)
+    changes = cpu_form(proto)
+    return open_graph(proto, model.parent, threads), changes
 
 
 def _as_the_graph_takes(feeds: dict[str, np.ndarray], types: dict[str, str]) -> dict[str, np.ndarray]:

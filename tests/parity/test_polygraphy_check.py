@@ -47,6 +47,7 @@ def test_a_faithful_graph_passes(tiny_checkpoint, tmp_path, capfd, shape):
 def test_a_bf16_graph_passes_its_own_limit(tiny_checkpoint, tmp_path):
     logits, cache = checks(contract_engine(tiny_checkpoint("gqa"), tmp_path, "bf16"), BF16_LIMIT, "bf16")
     assert logits.passed and cache.passed
+    assert "bfloat16 computed in float32 and rounded" in logits.note
 
 
 def change(folder: Path, kind: str, attribute: str, value: float) -> None:
