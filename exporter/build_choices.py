@@ -57,12 +57,17 @@ def build_options(checkpoint: Path, out: Path, target: str, choices: BuildChoice
     device: dict[str, Any] = {name: rest.pop(name) for name in DEVICE if name in rest}
     device |= {"mattr": tuple(rest.pop("mattr", ())), "tuning": _path(rest.pop("tuning", None))}
     request = _request(rest.pop("qparams", None), rest.pop("calibration", None))
-    rest |= {"text": _path(rest.pop("text", None)), "labels": tuple(rest.pop("labels", ()))}
+    rest |= {"text": _path(rest.pop("text", None)), "labels": _labels(rest.pop("labels", ()))}
     return BuildOptions(checkpoint, out, target, device=DeviceOptions(**device), calibration=request, **rest)
 
 
 def _path(path: AnyPath | None) -> Path | None:
     return None if path is None else Path(path)
+
+
+def _labels(given: Sequence[str]) -> tuple[str, ...]:
+    """One text is split as the command line splits it, not into its letters."""
+    return tuple(given.split(",") if isinstance(given, str) else given)
 
 
 def _request(qparams: AnyPath | None, calibration: AnyPath | CalibrationRequest | None) -> CalibrationRequest:

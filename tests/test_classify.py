@@ -114,6 +114,11 @@ def test_plan_foretells_the_engine(engine: enginesmith.BuildOutcome) -> None:
     assert heads == [(2, 256)]
 
 
+def test_one_text_of_labels_is_split_as_on_the_command_line() -> None:
+    forecast = enginesmith.plan(EXAMPLE, target="onnxruntime", task="classify", labels="def,class")
+    assert [label.label for label in forecast.labels] == list(LABELS)
+
+
 def test_labels_and_task_go_together() -> None:
     for arguments in (["--task", "classify"], ["--labels", "a,b"], ["--task", "rank"]):
         done = command("plan", EXAMPLE, "--target", "onnxruntime", *arguments, "--json")
