@@ -22,7 +22,7 @@ class ParityPlan:
     """
 
     prefill: int = 256
-    decode: int = 192
+    decode: int = 512
     single_steps: int = 32
     """Decode steps of one token each in the stages' graphs; the engine takes all `decode` steps singly."""
     ragged: tuple[int, ...] = (96, 57, 17)

@@ -169,7 +169,7 @@ class _Sums:
         for other in again:
             own = self._apart(expected, other)
             flips = (max(flips[0], own[0]), max(flips[1], own[1]), max(flips[2], own[2]))
-            left = (_less(errors[0], flips[0]), _less(errors[1], flips[1]), _less(errors[2], flips[2]))
+            left = (less(errors[0], flips[0]), less(errors[1], flips[1]), less(errors[2], flips[2]))
             if max(left) <= EXPLAINED:
                 break
         for values, value in zip((self.all, self.decoded, self.tail), left, strict=True):
@@ -183,8 +183,8 @@ class _Sums:
         return sums.values
 
 
-def _less(error: float, flips: float) -> float:
-    """Infinity stays what it is."""
+def less(error: float, flips: float) -> float:
+    """What is left of an error after what flips explain, in squares; infinity stays what it is."""
     return math.sqrt(max(0.0, error**2 - flips**2)) if math.isfinite(error) else math.inf
 
 

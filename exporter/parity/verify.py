@@ -1,6 +1,6 @@
 """Entry points: verify a build (its graphs, then its engine), or an engine alone."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from targets.base import Limits, Runner, RunOptions, StoredModel, Target, built_
 class EngineUnderTest:
     """A built engine and what it was built from. `text`: a file to measure on instead of the built-in sample;
     `built_by`: the toolchain in words, where its versions do not say enough; `stands_in`: the engine cannot run here,
-    and its own graph is executed on this CPU in its place."""
+    and its own graph is executed on this CPU in its place; `ran`: what did so, in words."""
 
     target: Target
     directory: Path
@@ -51,6 +51,7 @@ class EngineUnderTest:
     plan: ParityPlan | None = None
     built_by: str = ""
     stands_in: bool = False
+    ran: set[str] = field(default_factory=set)
 
     def open(self, batch: int, positions: int, hidden_states: bool) -> Runner:
         """A runner on the engine, or on what stands in for it, with room for `positions` in each row."""
@@ -59,6 +60,8 @@ class EngineUnderTest:
         found = self.target.stand_in if self.stands_in else self.target.runner
         runner = found(self.directory, self.checkpoint.config, self.limits, options)
         assert runner is not None
+        if self.stands_in:
+            self.ran.add(str(getattr(runner, "proof", "the engine's graph on the CPU")))
         return runner
 
     def stored_model(self) -> StoredModel | None:
@@ -261,8 +264,8 @@ def _proof(engine: EngineUnderTest, stages: StageResults | None, result: EngineR
         )
         return Proof(graphs, builder, None, simulated, None, words)
     if not_run:
-        instead = "its own graph was executed on this CPU instead" if result else "its simulation was checked instead"
-        words = f"built by {builder}; {instead}; the engine was not run: {not_run}"
+        instead = ", ".join(sorted(engine.ran)) or "its simulation"
+        words = f"built by {builder}; checked instead: {instead}; the engine was not run: {not_run}"
         return Proof(graphs, builder, None, simulated, True if result else None, words)
     if result is None:
         return Proof(graphs, builder, None, None, None, f"built by {builder}; not run: a stage before it failed")

@@ -1,15 +1,14 @@
 """The process that builds one plan: `python -m targets.tensorrt.build_worker FD`, started by targets.tensorrt.builder.
 
 Its first line of standard input is the job as JSON; messages go as JSON lines to the file descriptor FD: `progress`
-[fraction, detail], then `report`, `error`, or for a fault of our own `fault`. It ends as soon as its standard input
-does, so it never outlives its parent.
+[fraction, detail], then `report`, `error`, or for a fault of our own `fault`. The kernel ends it with its parent.
 """
 
+import ctypes
 import json
 import os
 import signal
 import sys
-import threading
 import traceback
 from pathlib import Path
 from typing import TextIO
@@ -19,12 +18,17 @@ from targets.tensorrt.plan_build import build_here
 from targets.tensorrt.plan_report import EngineRequest
 from targets.tensorrt.toolkit import load_toolkit
 
+WORKER = "targets.tensorrt.build_worker"
+STEADY = "ENGINESMITH_STEADY"
+ADDR_NO_RANDOMIZE = 0x0040000  # linux/personality.h
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def main() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # Ctrl-C reaches every process of the terminal: the parent decides, by ending this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     job = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as messages:
         try:
             _send(messages, report=_build(job, messages))
@@ -49,11 +53,17 @@ def _send(messages: TextIO, **message: object) -> None:
     messages.flush()
 
 
-def _end_with_parent() -> None:
-    while sys.stdin.buffer.read(1):
-        pass
-    os._exit(1)
+def _start_steadily() -> None:
+    """Start over with fixed addresses and hashes: the compiler orders what it writes by them, and equal builds must
+    give equal bytes. No thread is started either: with one that waited for the end of its input, 3 of 6 builds differed
+    from the others; and names are relative to the directory it is started in, for their lengths matter too. Where the system forbids it (a container's seccomp), the build goes on as it is."""
+    if os.environ.get(STEADY) is not None:
+        return
+    ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE)
+    environment = {**os.environ, STEADY: "1", "PYTHONHASHSEED": "0"}
+    os.execve(sys.executable, [sys.executable, "-P", "-m", WORKER, *sys.argv[1:]], environment)
 
 
 if __name__ == "__main__":
+    _start_steadily()
     main()

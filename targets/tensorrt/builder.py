@@ -32,16 +32,20 @@ def build_plan(model: Path, request: EngineRequest, out: Path, progress: Report)
     tells how the compiler ended. On any exception, one raised by `progress` or Ctrl-C too, the compiler is ended at
     once and `out` does not exist.
     """
-    job = {"model": str(model.absolute()), "out": str(out.absolute()), "request": json.dumps(request.to_json())}
+    job = {
+        "model": model.name,
+        "out": out.name if out.parent.absolute() == model.parent.absolute() else str(out.absolute()),
+        "request": json.dumps(request.to_json()),
+    }
     try:
-        return _converse(job, request, progress)
+        return _converse(job, model.parent, request, progress)
     except BaseException:
         out.unlink(missing_ok=True)
         raise
 
 
-def _converse(job: dict[str, str], request: EngineRequest, progress: Report) -> PlanReport:
-    with tempfile.TemporaryFile() as printed, _worker(job, printed) as (worker, messages):
+def _converse(job: dict[str, str], folder: Path, request: EngineRequest, progress: Report) -> PlanReport:
+    with tempfile.TemporaryFile() as printed, _worker(job, folder, printed) as (worker, messages):
         for line in messages:
             message = json.loads(line)
             if "progress" in message:
@@ -56,7 +60,7 @@ def _converse(job: dict[str, str], request: EngineRequest, progress: Report) -> 
 
 
 @contextmanager
-def _worker(job: dict[str, str], printed: IO[bytes]) -> Iterator[tuple[subprocess.Popen[bytes], IO[str]]]:
+def _worker(job: dict[str, str], folder: Path, printed: IO[bytes]) -> Iterator[tuple[subprocess.Popen[bytes], IO[str]]]:
     """The process, reading its job, and its messages; it is ended with the block, whatever it is doing."""
     receiving, sending = os.pipe()
     with os.fdopen(receiving, encoding="utf-8") as messages:
@@ -68,6 +72,7 @@ def _worker(job: dict[str, str], printed: IO[bytes]) -> Iterator[tuple[subproces
                 stdout=printed,
                 stderr=printed,
                 pass_fds=[sending],
+                cwd=folder,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
             )
         finally:

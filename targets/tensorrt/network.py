@@ -33,6 +33,7 @@ def parse_model(toolkit: Toolkit, model: Path, prefix: bytes | None = None) -> P
     module, log = toolkit.module, BuildLog()
     logger = make_logger(module, log)
     builder = module.Builder(logger)
+    builder.max_threads = 1  # with more, two builds of one graph may differ
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, logger)
     parsed = parser.parse_from_file(str(model)) if prefix is None else parser.parse(prefix, str(model))

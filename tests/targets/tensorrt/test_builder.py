@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import onnx
+import psutil
 import pytest
 
 from exporter.artifact.host import check_host
@@ -182,12 +184,42 @@ def test_modules_in_the_current_directory_are_not_imported(tmp_path: Path, monke
     assert build(Decoder(layers=1).model(), tmp_path).plan_bytes > 0
 
 
+PARENT = """
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, "-m", sys.argv[1], "1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+worker.stdin.write(sys.stdin.buffer.read())
+worker.stdin.flush()
+print(worker.pid, flush=True)
+worker.wait()
+"""
+
+
 def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
-    """Closing its standard input is what the kernel does when the parent is killed."""
-    out = tmp_path / "engine.plan"
-    job = {"model": str(save(Decoder().model(), tmp_path)), "out": str(out), "request": json.dumps(SM89.to_json())}
-    worker = subprocess.Popen(
-        [sys.executable, "-m", builder.WORKER, "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    told, _ = worker.communicate(json.dumps(job).encode() + b"\n")
-    assert worker.returncode == 1 and b'"report"' not in told
+    save(Decoder().model(), tmp_path)
+    request = json.dumps(SM89.to_json())
+    job = {"model": "model.onnx", "out": "engine.plan", "request": request}
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, builder.WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path
+    ) as parent:
+        assert parent.stdin is not None and parent.stdout is not None
+        parent.stdin.write(json.dumps(job).encode() + b"\n")
+        parent.stdin.close()
+        worker = psutil.Process(int(parent.stdout.readline()))
+        while not _builds(worker):
+            time.sleep(0.01)
+        parent.kill()
+    assert psutil.wait_procs([worker], timeout=30)[1] == []
+
+
+def _builds(worker: psutil.Process) -> bool:
+    """Whether it has taken its job and loaded the compiler."""
+    return any("tensorrt" in part.path for part in worker.memory_maps())
+
+
+def test_equal_builds_give_equal_bytes(tmp_path: Path) -> None:
+    plans = []
+    for name in ("one", "another-with-a-longer-name"):
+        (tmp_path / name).mkdir()
+        build(Decoder().model(), tmp_path / name)
+        plans.append((tmp_path / name / "engine.plan").read_bytes())
+    assert plans[0] == plans[1]
