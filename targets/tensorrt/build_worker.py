@@ -56,7 +56,10 @@ def _send(messages: TextIO, **message: object) -> None:
 def _start_steadily() -> None:
     """Start over with fixed addresses and hashes: the compiler orders what it writes by them, and equal builds must
     give equal bytes. No thread is started either: with one that waited for the end of its input, 3 of 6 builds differed
-    from the others; and names are relative to the directory it is started in, for their lengths matter too. Where the system forbids it (a container's seccomp), the build goes on as it is."""
+    from the others; and names are relative to the directory it is started in, for their lengths matter too.
+
+    Where the system forbids it (a container's seccomp), the build goes on as it is.
+    """
     if os.environ.get(STEADY) is not None:
         return
     ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE)

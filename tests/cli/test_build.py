@@ -42,9 +42,11 @@ def test_build_reports_what_it_made(built: tuple[Path, Result]) -> None:
     outcome = result.json
     assert outcome["path"] == str(engine)
     assert outcome["parity"]["passed"] is True
-    made = outcome["proof"].pop("built_by")
-    assert made.startswith("onnxruntime") and outcome["proof"] == dict.fromkeys(
-        ("graph_parity", "engine_run", "simulation"), True
+    proof = outcome["proof"]
+    assert proof["graph_parity"] is proof["engine_run"] is proof["simulation"] is True and proof["stand_in"] is None
+    assert (
+        proof["built_by"].startswith("onnxruntime")
+        and proof["statement"] == f"built by {proof['built_by']} and run here"
     )
     assert outcome["coverage"]["fraction"] == 1.0
     names = {check["name"] for check in outcome["parity"]["checks"]}
