@@ -1,4 +1,4 @@
-# make demo   environment, then build + verify + run + bench of the example model, for both targets
+# make demo   environment, then build + verify + run + bench of the example model on this CPU, and builds for NVIDIA GPUs
 # make test   environment, then lint, types and every test
 #
 # On a machine with an NVIDIA GPU, in its own Python (GPU_PYTHON) with torch, transformers, onnx and onnxruntime:
@@ -35,8 +35,10 @@ demo: $(VENV)/.demo
 	done
 	$(BIN)/enginesmith verify $(ENGINES)/stdlib-llama-tvm --against $(MODEL)
 	$(BIN)/enginesmith compare $(ENGINES)/stdlib-llama-onnxruntime $(ENGINES)/stdlib-llama-tvm --against $(MODEL)
+	$(BIN)/enginesmith build $(MODEL) --target tensorrt --recipe int4-rtn --device sm89 --out $(ENGINES)/stdlib-llama-sm89 --force
+	$(BIN)/enginesmith build $(MODEL) --target tensorrt-llm --recipe fp8-channel --out $(ENGINES)/stdlib-llama-fp8 --force
 	@echo
-	@echo "Built from $(MODEL) for two targets, verified against the eager model, run and measured."
+	@echo "Built from $(MODEL) for four targets, verified against the eager model; run and measured for this CPU's."
 	@echo "The engines are in $(CURDIR)/$(ENGINES)"
 	@echo "Try: $(BIN)/enginesmith run $(ENGINES)/stdlib-llama-tvm --chat"
 
@@ -80,7 +82,7 @@ define install
 endef
 
 $(VENV)/.demo: pyproject.toml
-	$(call install,-e '.[build$(,)onnxruntime$(,)tvm]')
+	$(call install,-e '.[build$(,)onnxruntime$(,)tvm$(,)tensorrt-rtx]')
 
 # setuptools: tests/test_wheel.py builds the wheel without a second environment.
 $(VENV)/.test: pyproject.toml
