@@ -141,10 +141,11 @@ def prepare(options: BuildOptions) -> Job:
     parameters = open_parameters(options, source)
     recipe, config = requested_recipe(options, target, source, parameters), labelled_config(source, task)
     recipe = recipe if parameters else prospective(config, recipe)
-    options.calibration.check(recipe, target.calibrated_caches)
+    options.calibration.check_recipe(recipe, target.calibrated_caches)
     covered = coverage(built_config(config, recipe), recipe, target.matrix_bits)
     if blocker := first_blocker(options, target, config, recipe, covered, task):
         raise blocker
+    options.calibration.check(recipe, target.calibrated_caches)
     if not (probe := target.probe()).usable:
         raise UnsupportedError(f"target.{target.name}", f"target {target.name}: {probe.why}", probe.remedy)
     check_memory_budget(options, config, recipe, covered, limits)

@@ -8,13 +8,14 @@ from calibration.qparams import QParams
 from calibration.transforms import FoldNorms, transformed_config
 from exporter.artifact.tokenizer_files import tokenizer_bytes
 from exporter.core.config import ModelConfig
-from exporter.core.errors import BudgetError, EngineSmithError, UnsupportedError
+from exporter.core.errors import BudgetError, EngineSmithError, InputError, UnsupportedError
 from exporter.core.labelled import labelled_config
 from exporter.core.recipe import Recipe, kv_cache_bytes
 from exporter.core.task import Task
 from exporter.labels import LabelToken, named_labels
 from exporter.matrix_sources import MatrixSource, grouped, matrix_sources
 from exporter.options import BuildOptions
+from exporter.parity.inputs import check_positions
 from exporter.requested_recipe import requested_recipe
 from exporter.requested_task import requested_task
 from targets.base import Limits, Target
@@ -148,13 +149,16 @@ def built_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
 def first_blocker(
     options: BuildOptions, target: Target, config: ModelConfig, recipe: Recipe, covered: Coverage, task: Task
 ) -> EngineSmithError | None:
-    """The error a build ends with before reading a weight: an unsupported recipe or missed coverage."""
+    """The error a build ends with before reading a weight: an unsupported recipe, missed coverage, rows that are too
+    short for the parity checks."""
     support = target.supports(config, recipe, options.device, options.engine, task)
     if not support.usable:
         return UnsupportedError(f"target.{target.name}", support.why, support.remedy)
     try:
         gate(covered, options.min_coverage)
-    except BudgetError as error:
+        if options.parity:
+            check_positions(options.sequence_limit(config))
+    except (BudgetError, InputError) as error:
         return error
     return None
 

@@ -90,6 +90,16 @@ class ParityInputs:
         return np.arange(length - 1 if self.classifies else length - self.tail - 1, length)
 
 
+def check_positions(max_seq_len: int) -> None:
+    """Raise InputError (`parity.too_short`) where an engine's rows hold too little to compare."""
+    if max_seq_len < MIN_POSITIONS:
+        raise InputError(
+            "parity.too_short",
+            f"parity needs at least {MIN_POSITIONS} positions, the engine has {max_seq_len}",
+            "build with a larger --max-seq-len, or with --no-parity",
+        )
+
+
 def parity_inputs(
     checkpoint: Path, config: ModelConfig, max_seq_len: int, text: str | None = None, plan: ParityPlan | None = None
 ) -> ParityInputs:
@@ -108,12 +118,7 @@ def inputs_from_tokens(
     tokens: np.ndarray, prefix: list[int], vocab_size: int, max_seq_len: int, plan: ParityPlan
 ) -> ParityInputs:
     """The same from token ids; `prefix` (a BOS id) stands before every row. Ids wrap at `vocab_size`."""
-    if max_seq_len < MIN_POSITIONS:
-        raise InputError(
-            "parity.too_short",
-            f"parity needs at least {MIN_POSITIONS} positions, the engine has {max_seq_len}",
-            "build with a larger --max-seq-len, or with --no-parity",
-        )
+    check_positions(max_seq_len)
     decode = min(plan.decode, max_seq_len // 2)
     steps = min(plan.ragged_steps, max_seq_len // 4)
     longest = max(plan.ragged)

@@ -82,6 +82,15 @@ def test_help_lists_every_command_of_the_contract(capfd: pytest.CaptureFixture[s
         (["bench", "no-such-engine", "--threads", "-1"], 2, "usage"),
         (["bench", "no-such-engine", "--threads", "9999"], 2, "usage.threads"),
         (["plan", "x", "--target", "onnxruntime", "--max-batch", "1000000"], 2, "usage.max_batch"),
+        # Before a weight is read, or the compiler runs; and text would not help where the GPU cannot do it.
+        (["plan", EXAMPLE, "--target", "onnxruntime", "--max-seq-len", "7"], 2, "parity.too_short"),
+        (["build", EXAMPLE, "--target", "onnxruntime", "--out", "y", "--max-seq-len", "7"], 2, "parity.too_short"),
+        (
+            ["build", EXAMPLE, "--target", "tensorrt", "--out", "y", "--recipe", "fp8", "--device", "sm80"],
+            3,
+            "target.tensorrt",
+        ),
+        (["build", EXAMPLE, "--target", "tvm", "--out", "y", "--recipe", "fp8"], 2, "recipe.needs_data"),
     ],
 )
 def test_failures_are_one_json_object_and_the_contracts_code(
