@@ -9,8 +9,8 @@ from exporter.handoff.route import ENGINE_DIR, Route
 ENGINE = f"{ENGINE_DIR}/engine"
 READ = "TensorRT-LLM 1.2 (tensorrt_llm/commands/build.py, serve.py)"
 NOTES = (
-    "Needs TensorRT-LLM 1.2.x or older: later versions have no TensorRT backend. The same model with --format hf is "
-    "what they load.",
+    "Needs TensorRT-LLM 1.2.x or older: later versions have no TensorRT backend. They load what --format hf writes, of "
+    "the recipes that it has.",
     "Compile on a GPU of the kind that will serve, into a directory of its own: the artifact's files stay as they are.",
 )
 

@@ -7,33 +7,13 @@ from exporter.core.engine_options import PLAIN, EngineOptions
 from exporter.core.errors import InputError, UnsupportedError
 from exporter.core.gpu import GpuHost, gpu_host, sm, version_numbers
 from exporter.core.gpu_needs import LABELS
+from targets.gpu_names import DEVICES, split
 from targets.tensorrt.toolkit import EXTRA, RTX, TENSORRT, Toolkit
 
 CURRENT = "current"
 # RTX's own default where no compute capability is set: "8.0, 8.6, 8.9, 12.0, and later" (NVIDIA, "CPU-Only AOT and
 # TensorRT-RTX Engines"); TensorRT's AMPERE_PLUS begins there too.
 PORTABLE = "8.0"
-
-
-@dataclass(frozen=True)
-class Device:
-    """A kind of GPU by its compute capability. `in_rtx`: TensorRT-RTX compiles for it (its `ComputeCapability`)."""
-
-    capability: str
-    summary: str
-    in_rtx: bool = True
-
-
-DEVICES = {
-    "sm75": Device("7.5", "Turing: T4, RTX 20"),
-    "sm80": Device("8.0", "Ampere data center: A100, A30"),
-    "sm86": Device("8.6", "Ampere: A10, A40, RTX 30"),
-    "sm89": Device("8.9", "Ada Lovelace: L4, L40S, RTX 40"),
-    "sm90": Device("9.0", "Hopper: H100, H200; TensorRT alone, on such a GPU", in_rtx=False),
-    "sm100": Device("10.0", "Blackwell data center: B200; TensorRT alone, on such a GPU", in_rtx=False),
-    "sm120": Device("12.0", "Blackwell: RTX 50, RTX PRO 6000"),
-    "sm121": Device("12.1", "Blackwell: GB10 (DGX Spark)"),
-}
 
 
 @dataclass(frozen=True)
@@ -53,7 +33,11 @@ class BuildDevice:
 
 def device_names() -> dict[str, str]:
     """What `--device` takes, each with one sentence; several are joined by commas where RTX builds."""
-    names = {name: f"{device.summary} (compute capability {device.capability})" for name, device in DEVICES.items()}
+    rest = {True: "", False: "; TensorRT alone, on such a GPU"}
+    names = {
+        name: f"{device.summary}{rest[device.in_rtx]} (compute capability {device.capability})"
+        for name, device in DEVICES.items()
+    }
     return {CURRENT: "the GPU of this machine (default)", **names}
 
 
@@ -78,7 +62,7 @@ def resolve_device(
 
 def split_names(device: str | None) -> tuple[str, ...]:
     """`sm89,sm120` -> its names, each known and given once; nothing and `current` are none."""
-    names = tuple(name.strip() for name in (device or CURRENT).split(","))
+    names = split(device or CURRENT)
     for name in names:
         if name not in DEVICES and name != CURRENT:
             raise InputError("device.unknown", f"device {name!r} is unknown", f"use one of {', '.join(device_names())}")

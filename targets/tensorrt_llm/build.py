@@ -5,6 +5,7 @@ from pathlib import Path
 from exporter.core.progress import PartOfStage, Progress
 from targets.base import BuildResult, BuildSource
 from targets.tensorrt_llm.formats import COMPRESSED, HF, LEGACY, form_of
+from targets.tensorrt_llm.served_by import labels, named_devices
 from targets.tensorrt_llm.trtllm_build import compile_engine, compiler_version
 from targets.tensorrt_llm.written import Written
 
@@ -22,6 +23,8 @@ def build_checkpoint(source: BuildSource, out_dir: Path, progress: Progress, ver
     form, share = form_of(source.engine), CHECKPOINT_SHARE if source.engine.compile_engine else 1.0
     written = _write(form, source, out_dir, PartOfStage(progress, 0.0, share))
     files, report = list(written.files), {"form": form, **written.report}
+    if devices := named_devices(source.device):
+        report["computed_by"] = labels(devices)
     if source.engine.compile_engine:
         files += compile_engine(out_dir, source.limits, source.engine, PartOfStage(progress, share, 1.0))
         report["engine"] = {"compiler": compiler_version(), "run": None}

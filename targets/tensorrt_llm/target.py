@@ -24,10 +24,9 @@ from targets.base import (
     Runner,
     RunOptions,
     StoredModel,
-    refuse_devices,
     refuse_engine_options,
 )
-from targets.tensorrt_llm import formats, support
+from targets.tensorrt_llm import formats, served_by, support
 from targets.tensorrt_llm.defaults import completed
 from targets.tensorrt_llm.served_rows import served_rows
 
@@ -69,11 +68,8 @@ class TensorRtLlmTarget(EngineTarget):
             why = "servers of checkpoints compute the logits of the whole vocabulary: there is no head of labels alone"
             return Support("refused", why, "use --target tensorrt, onnxruntime or tvm; or generate one token")
         found = support.recipe_support(config, recipe, engine)
-        if found.usable and formats.form_of(engine) == formats.LEGACY:
-            from targets.tensorrt_llm.shards import check
-
-            return check(config, recipe, engine)
-        return found
+        served = served_by.served_support(recipe, formats.form_of(engine), served_by.named_devices(device))
+        return found if served.usable else served
 
     def complete(
         self,
@@ -94,11 +90,12 @@ class TensorRtLlmTarget(EngineTarget):
         return served_rows(rows, form or formats.HF, recipe.lm_head.kind)
 
     def devices(self) -> dict[str, str]:
-        return {}
+        return served_by.device_names()
 
     def check_options(self, device: DeviceOptions, engine: EngineOptions = PLAIN, limits: Limits | None = None) -> None:
         refuse_engine_options(self.name, engine, OPTIONS)
-        refuse_devices(self.name, device)
+        served_by.refuse_cpu_options(self.name, device)
+        served_by.named_devices(device)
         if engine.format is not None and engine.format not in formats.FORMS:
             what = f"--format {engine.format} is unknown"
             raise InputError("usage.format", what, f"use one of {', '.join(formats.FORMS)}")

@@ -23,6 +23,8 @@ from targets.base import Limits
 COMMAND = "trtllm-build"
 ENGINE = "engine"
 """Directory of the engines inside the artifact."""
+ENGINES = "ENGINES"
+"""Stands in printed commands for a directory beside the checkpoint: an artifact is never written into."""
 LAST_VERSION = "1.2.1"
 PACKAGE = "tensorrt_llm"
 TOLD_LINES, TOLD_BYTES = 20, 1 << 16
@@ -30,10 +32,12 @@ PATIENCE_S = 10.0
 """After an interrupt, for the compiler's processes to end by themselves."""
 
 
-def build_command(checkpoint: Path | str, limits: Limits | None, engine: EngineOptions) -> list[str]:
-    """What compiles a checkpoint into `checkpoint/engine`: one engine for each rank, all at a time."""
+def build_command(
+    checkpoint: Path | str, limits: Limits | None, engine: EngineOptions, engines: Path | str = ENGINES
+) -> list[str]:
+    """What compiles a checkpoint into the directory `engines`: one engine for each rank, all at a time."""
     ranks = engine.tensor_parallel * engine.pipeline_parallel
-    command = [COMMAND, "--checkpoint_dir", str(checkpoint), "--output_dir", str(Path(checkpoint) / ENGINE)]
+    command = [COMMAND, "--checkpoint_dir", str(checkpoint), "--output_dir", str(engines)]
     if limits is not None:
         prompt = min(engine.max_prompt or limits.max_seq_len, limits.max_seq_len)
         command += ["--max_batch_size", str(limits.max_batch), "--max_input_len", str(prompt)]
@@ -72,16 +76,16 @@ def compile_engine(out_dir: Path, limits: Limits, engine: EngineOptions, progres
     """
     if missing := compiler_missing(limits, engine):
         raise missing
-    command = build_command(out_dir, limits, engine)
+    again = " ".join(build_command("CHECKPOINT", limits, engine))
     progress.advance(0.0, COMMAND)
     with TemporaryFile() as log:
-        code = _run(command, log)
+        code = _run(build_command(out_dir, limits, engine, out_dir / ENGINE), log)
         if code:
-            raise _failed(f"{COMMAND} ended with {_end(code)}", command, _tail(log))
+            raise _failed(f"{COMMAND} ended with {_end(code)}", again, _tail(log))
         files = sorted(str(path.relative_to(out_dir)) for path in (out_dir / ENGINE).rglob("*") if path.is_file())
         wanted = [f"{ENGINE}/rank{rank}.engine" for rank in range(engine.tensor_parallel * engine.pipeline_parallel)]
         if lacking := [name for name in (*wanted, f"{ENGINE}/config.json") if name not in files]:
-            raise _failed(f"{COMMAND} ended well but wrote no {', '.join(lacking)}", command, _tail(log))
+            raise _failed(f"{COMMAND} ended well but wrote no {', '.join(lacking)}", again, _tail(log))
     progress.advance(1.0, "compiled")
     return files
 
@@ -115,11 +119,11 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def _failed(what: str, command: Sequence[str], said: str) -> UnsupportedError:
+def _failed(what: str, again: str, said: str) -> UnsupportedError:
     return UnsupportedError(
         "tensorrt_llm.build",
         f"{what}. It said last:\n{said or '(nothing)'}",
-        f"the checkpoint itself can be written without --engine; the command was: {' '.join(command)}",
+        f"build the checkpoint without --engine, then compile it by itself: {again}",
     )
 
 

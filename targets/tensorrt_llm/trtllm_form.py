@@ -98,7 +98,7 @@ def _report(source: BuildSource, shards: Shards) -> dict[str, object]:
         "kv_cache_quant_algo": KV_ALGORITHMS.get(source.recipe.kv_cache),
         "tensor_parallel": shards.tp,
         "pipeline_parallel": shards.pp,
-        "compile": build_command(".", source.limits, source.engine),
+        "compile": build_command("CHECKPOINT", source.limits, source.engine),
         "compile_with": f"tensorrt-llm {LAST_VERSION} or older, on the GPUs that the engines are for",
     }
     if algorithm in WEIGHT_ONLY:

@@ -9,8 +9,9 @@ import numpy as np
 from exporter.core.errors import EngineSmithError
 from exporter.core.gpu import HostGpu, sm
 from targets.base import RunOptions
+from targets.gpu_names import DEVICES
 from targets.tensorrt.builder import build_plan
-from targets.tensorrt.devices import DEVICES, BuildDevice
+from targets.tensorrt.devices import BuildDevice
 from targets.tensorrt.execution import TensorRtExecution, cuda_errors
 from targets.tensorrt.file_names import MODEL, PLAN
 from targets.tensorrt.plan_report import EngineRequest

@@ -143,7 +143,7 @@ def test_devices_that_are_refused(
 def test_rtx_names_are_those_it_compiles_for() -> None:
     """The table against the library's own list, where it is installed."""
     rtx = pytest.importorskip("tensorrt_rtx")
-    from targets.tensorrt.devices import DEVICES
+    from targets.gpu_names import DEVICES
 
     known = {name.lower() for name in dir(rtx.ComputeCapability) if name.startswith("SM")}
     assert {name for name, device in DEVICES.items() if device.in_rtx} == known

@@ -53,7 +53,7 @@ def test_engines_are_compiled_with_the_limits_of_the_build(compiler: Compiler, t
     files = compile_engine(tmp_path, LIMITS, CUT, NoProgress())
     assert files == ["engine/config.json", *(f"engine/rank{rank}.engine" for rank in range(4))]
     given = compiler.arguments.read_text().splitlines()
-    assert given == build_command(tmp_path, LIMITS, CUT)[1:]
+    assert given == build_command(tmp_path, LIMITS, CUT, tmp_path / "engine")[1:]
     options = dict(zip(given[::2], given[1::2], strict=True))
     assert options == {
         "--checkpoint_dir": str(tmp_path),
@@ -77,7 +77,8 @@ def test_a_compiler_that_fails_is_quoted(compiler: Compiler, tmp_path: Path) -> 
         compile_engine(tmp_path, LIMITS, CUT, NoProgress())
     assert caught.value.kind == "tensorrt_llm.build" and caught.value.exit_code == 3
     assert "[TRT] out of memory" in caught.value.message
-    assert f"--checkpoint_dir {tmp_path}" in caught.value.remedy
+    assert "--checkpoint_dir CHECKPOINT --output_dir ENGINES" in caught.value.remedy
+    assert str(tmp_path) not in caught.value.remedy, "the files of a failed build are gone"
 
 
 def test_a_compiler_that_is_killed_is_told(compiler: Compiler, tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_without_the_compiler_the_command_for_elsewhere_is_told(
     assert error is not None and error.exit_code == 3
     assert "trtllm-build is not installed" in error.message
     command = (
-        "trtllm-build --checkpoint_dir CHECKPOINT --output_dir CHECKPOINT/engine --max_batch_size 8 "
+        "trtllm-build --checkpoint_dir CHECKPOINT --output_dir ENGINES --max_batch_size 8 "
         "--max_input_len 2048 --max_seq_len 2048 --workers 4"
     )
     assert command in error.remedy and "tensorrt-llm==1.2.1" in error.remedy
