@@ -51,6 +51,17 @@ class Arguments:
         return width // self.group_size if self.group_size else 1
 
 
+ROUNDED: dict[str, Arguments | None] = {
+    "": None,
+    "int8/token": Arguments("int", 8, "token", True, None),
+    "int8/tensor": Arguments("int", 8, "tensor", False, None),
+    "fp8/token": Arguments("float", 8, "token", True, None),
+    "fp8/tensor": Arguments("float", 8, "tensor", False, None),
+    "nvfp4/tensor": Arguments("float", 4, "tensor_group", "local", 16),
+}
+"""What a recipe asks of inputs. `local`: a scale for each block from the input itself, times a stored one."""
+
+
 @dataclass(frozen=True)
 class Compression:
     """What config.json says; `form` is empty where nothing is quantized."""
@@ -139,8 +150,8 @@ class StoredCompressed:
                 what = f"{module} is {found or 'not quantized'} in config.json, {precision.describe()} in the recipe"
                 raise fault("recipe", what)
             weights, inputs = self.compression.weights, self.compression.inputs
-            if found and (bool(inputs) != bool(precision.activations) or weights is None):
-                raise fault("recipe", f"config.json and the recipe disagree about the inputs of {module}")
+            if found and (inputs != ROUNDED[precision.activations] or weights is None):
+                raise fault("recipe", f"config.json and the recipe disagree about the inputs of {module}: {inputs}")
             width = self._modules[module][1]
             if found and weights is not None and weights.groups(width) != precision.groups(width):
                 what = f"{module} has {weights.groups(width)} scales a row in config.json, {precision.describe()} asked"

@@ -250,7 +250,22 @@ def _quantization(directory: Path, inline: dict[str, Any] | None) -> Quantizatio
     said = (inline.get("quant_algo"), inline.get("kv_cache_scheme"), sorted(inline.get("ignore") or []))
     if said != (found.algorithm, scheme, sorted(found.excluded)):
         raise fault("config", f"{QUANT_CONFIG} and the quantization_config of config.json disagree: {said}")
+    if inline.get("config_groups") != (groups := _groups(found)):
+        raise fault("config", f"config.json: config_groups are not those of {found.algorithm}, {groups}")
     return found
+
+
+def _groups(found: Quantization) -> dict[str, Any] | None:
+    """`config_groups` as `convert_hf_quant_config_format` writes them (modelopt/torch/export/convert_hf_config.py);
+    other algorithms are told by their name alone."""
+    group: dict[str, Any] = {"dynamic": False, "type": "float"}
+    if found.algorithm == "FP8":
+        group |= {"num_bits": 8}
+    elif found.algorithm == "NVFP4":
+        group |= {"num_bits": 4, "group_size": found.group_size}
+    else:
+        return None
+    return {"group_0": {"input_activations": group, "weights": group, "targets": ["Linear"]}}
 
 
 def _parse(details: dict[str, Any]) -> Quantization:
@@ -266,4 +281,6 @@ def _parse(details: dict[str, Any]) -> Quantization:
         raise fault("config", f"{QUANT_CONFIG}: exclude_modules is no list of names")
     if details.get("has_zero_point"):
         raise fault("config", f"{QUANT_CONFIG}: zero points are not stored in this form")
+    if algorithm in AWQ and details.get("pre_quant_scale") is not True:
+        raise fault("config", f"{QUANT_CONFIG}: pre_quant_scale is not true, and the files hold them")
     return Quantization(algorithm, cache or "", group, tuple(excluded))

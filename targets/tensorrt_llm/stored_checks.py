@@ -36,6 +36,7 @@ SAME_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     *("max_position_embeddings", "rms_norm_eps", "rope", "attention_bias", "mlp_bias"),
 )
+IDENTITY = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 INPUTS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 """Matrices of a layer that every server computes in one product."""
 
@@ -71,6 +72,11 @@ def stored_config(directory: Path, expected: ModelConfig) -> tuple[ModelConfig, 
         raise fault("config", "config.json: quantization_config is no object")
     with stored_errors():
         found = parse_config(raw)
+    for name, wanted in IDENTITY.items():
+        if raw.get(name) != wanted:
+            raise fault(
+                "config", f"config.json has {name} {raw.get(name)!r}, not {wanted!r}: servers find no model in it"
+            )
     for name in SAME_FIELDS:
         if (here := getattr(found, name)) != (there := getattr(expected, name)):
             raise fault("config", f"config.json has {name} {here}, the artifact's manifest {there}")

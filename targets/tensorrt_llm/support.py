@@ -160,7 +160,8 @@ def _float_parts(config: ModelConfig, recipe: Recipe, form: str) -> Iterator[Sup
             yield Support("refused", f"layers in {precision.kind} beside floats in {kind}", f"give {kind} instead")
     if recipe.kv_cache in FLOAT_TYPES and recipe.kv_cache != kind:
         why = f"a KV cache in {recipe.kv_cache}: servers keep it in the type they compute in, {kind} here"
-        yield Support("refused", why, "leave --kv-cache out, or use --kv-cache fp8")
+        fp8 = ", or use --kv-cache fp8" if recipe.linear.is_coded or form == LEGACY else ""
+        yield Support("refused", why, f"leave --kv-cache out{fp8}")
     if recipe.kv_cache in CACHES[form] and recipe.kv_cache not in FLOAT_TYPES and not recipe.linear.is_coded:
         why = f"a KV cache in {recipe.kv_cache} under layers in {recipe.linear.kind}: vLLM reads no scales for it there"
         if form != LEGACY:

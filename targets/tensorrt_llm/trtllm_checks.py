@@ -91,12 +91,14 @@ def read_stored_config(path: Path) -> StoredConfig:
         if field.type == "int" or field.type is int
     }
     excluded = quantization.get("exclude_modules") or ()
+    if not isinstance(excluded, list | tuple) or not all(isinstance(name, str) for name in excluded):
+        raise fault("config", f"config.json: exclude_modules is {shorten(excluded)}, no list of names")
     stored = StoredConfig(
         **numbers,
         dtype=raw.get("dtype", ""),
         quant_algo=quantization.get("quant_algo"),
         kv_cache_quant_algo=quantization.get("kv_cache_quant_algo"),
-        exclude_modules=tuple(map(str, excluded)),
+        exclude_modules=tuple(excluded),
         attn_bias=bool(raw.get("attn_bias", raw.get("bias", False))),
         mlp_bias=bool(raw.get("mlp_bias", False)),
         raw=raw,
@@ -114,6 +116,8 @@ def _check_config(stored: StoredConfig, mapping: Mapping[str, Any]) -> None:
     if stored.quant_algo not in KNOWN or stored.kv_cache_quant_algo not in (None, "FP8", "INT8"):
         what = f"quant_algo {shorten(stored.quant_algo)}, kv_cache_quant_algo {shorten(stored.kv_cache_quant_algo)}"
         raise fault("config", f"config.json: {what}")
+    if "exclude_modules" in stored.raw["quantization"] and stored.algorithm("lm_head") is not None:
+        raise fault("config", "config.json: exclude_modules leaves lm_head quantized, which is a float in the files")
     kv_heads, tp = stored.num_key_value_heads, stored.tp_size
     if stored.num_attention_heads % tp or stored.intermediate_size % tp or (kv_heads % tp and tp % kv_heads):
         what = (

@@ -260,6 +260,10 @@ class TrtllmCheckpoint:
         raise ValueError(f"no layer {layer}")
 
 
+FIXED: dict[str, Any] = {"position_embedding_type": "rope_gpt_neox", "rotary_pct": 1.0, "residual_mlp": False}
+"""What every Llama has, and what TensorRT-LLM takes where a file does not say."""
+
+
 def _check_model(stored: StoredConfig, config: ModelConfig) -> None:
     """config.json describes this model: sizes, and rotary embedding, which TensorRT-LLM takes as 10000 where a file
     does not say (tensorrt_llm/models/llama/config.py)."""
@@ -276,7 +280,12 @@ def _check_model(stored: StoredConfig, config: ModelConfig) -> None:
         "rotary": (_rope(stored.raw), config.rope),
         "attn_bias": (stored.attn_bias, config.attention_bias),
         "mlp_bias": (stored.mlp_bias, config.mlp_bias),
+        **{name: (stored.raw.get(name, wanted), wanted) for name, wanted in FIXED.items()},
     }
+    if stored.tp_size > 1:
+        # Every rank has its rows of the embedding (`use_parallel_embedding`, tensorrt_llm/models/llama/model.py).
+        pairs["use_parallel_embedding"] = (stored.raw.get("use_parallel_embedding"), True)
+        pairs["embedding_sharding_dim"] = (stored.raw.get("embedding_sharding_dim", 0), 0)
     for name, (found, wanted) in pairs.items():
         if found != wanted:
             raise fault("config", f"config.json: {name} is {shorten(found)}, the model has {shorten(wanted)}")

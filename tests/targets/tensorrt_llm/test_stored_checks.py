@@ -241,3 +241,54 @@ def test_another_recipe_than_the_files(tiny_checkpoint: Factory, tmp_path: Path)
     built(checkpoint, tmp_path, HF_RECIPES["fp8"])
     for recipe in (recipe_of(FP8), HF_RECIPES["int4"]):
         refused(tmp_path, source_of(checkpoint, recipe), "recipe", "in the recipe")
+
+
+def group(config: Any) -> Any:
+    """The one group of a config.json."""
+    return config["quantization_config"]["config_groups"]["group_0"]
+
+
+HF_CONFIGS: dict[str, tuple[str, str, Callable[[Any], object], str]] = {
+    "no model": ("fp8", "config.json", lambda c: c.pop("model_type"), "model_type"),
+    "no architecture": ("fp8", "config.json", lambda c: c.update(architectures=[]), "architectures"),
+    "other bits": ("fp8", "config.json", lambda c: group(c)["weights"].update(num_bits=4), "config_groups"),
+    "other targets": ("nvfp4", "config.json", lambda c: group(c).update(targets=[]), "config_groups"),
+    "other blocks": (
+        "nvfp4",
+        "config.json",
+        lambda c: group(c)["input_activations"].update(group_size=32),
+        "config_groups",
+    ),
+    "factors denied": (
+        "w4a8",
+        "hf_quant_config.json",
+        lambda c: c["quantization"].update(pre_quant_scale=False),
+        "pre_quant_scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", list(HF_CONFIGS))
+def test_configurations_of_modelopt_s_form_that_lie(tiny_checkpoint: Factory, tmp_path: Path, fault: str) -> None:
+    name, file, change, match = HF_CONFIGS[fault]
+    source = built(tiny_checkpoint("gqa", **WIDE), tmp_path, HF_RECIPES[name])
+    json_edit(tmp_path / file, change)
+    refused(tmp_path, source, "config", match)
+
+
+OTHER_CONFIGS: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "other bits": ("fp8", lambda c: group(c)["input_activations"].update(num_bits=4)),
+    "scales that are not stored": ("fp8", lambda c: group(c)["input_activations"].update(dynamic=True)),
+    "other blocks": ("nvfp4", lambda c: group(c)["input_activations"].update(group_size=32)),
+    "unknown scales": ("nvfp4", lambda c: group(c)["input_activations"].update(dynamic="everywhere")),
+    "inputs that were left alone": ("int4", lambda c: group(c).update(input_activations=FP8_TOKENS)),
+}
+FP8_TOKENS = {"type": "float", "num_bits": 8, "strategy": "token", "dynamic": True}
+
+
+@pytest.mark.parametrize("fault", list(OTHER_CONFIGS))
+def test_configurations_of_compressed_tensors_that_lie(tiny_checkpoint: Factory, tmp_path: Path, fault: str) -> None:
+    name, change = OTHER_CONFIGS[fault]
+    source = built(tiny_checkpoint("gqa", **WIDE), tmp_path, OTHER_RECIPES[name], write_compressed)
+    json_edit(tmp_path / "config.json", change)
+    refused(tmp_path, source, "recipe", "disagree about the inputs")

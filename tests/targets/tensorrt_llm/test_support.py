@@ -171,3 +171,12 @@ def test_names_of_algorithms() -> None:
 )
 def test_bits_of_a_matrix(precision: Precision, bits: int) -> None:
     assert matrix_bits(precision, 4096, 512) == bits
+
+
+def test_remedies_for_caches_are_taken(config: ModelConfig) -> None:
+    """An fp8 cache is offered only where it would be accepted."""
+    for name, engine, offered in (("bf16", HF, False), ("fp8", HF, True), ("bf16", LEGACY, True)):
+        recipe = completed(replace(preset(name), kv_cache="fp16"), UNNAMED - {"kv_cache"}, config, engine)
+        found = recipe_support(config, recipe, engine)
+        assert not found.usable and ("--kv-cache fp8" in found.remedy) == offered
+        assert recipe_support(config, replace(recipe, kv_cache="fp8"), engine).usable == offered

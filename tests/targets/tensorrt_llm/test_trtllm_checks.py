@@ -163,6 +163,12 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another rotary scaling": (lambda c: c.update(rotary_scaling={"type": "linear", "factor": 2.0}), "stored.config"),
     "no bias": (lambda c: c.update(attn_bias=False), "stored.config"),
     "another norm": (lambda c: c.update(norm_epsilon=1e-5), "stored.config"),
+    "another rotary": (lambda c: c.update(position_embedding_type="learned_absolute"), "stored.config"),
+    "half a rotary": (lambda c: c.update(rotary_pct=0.5), "stored.config"),
+    "whole embeddings": (lambda c: c.update(use_parallel_embedding=False), "stored.config"),
+    "another cut of embeddings": (lambda c: c.update(embedding_sharding_dim=1), "stored.config"),
+    "a quantized head": (lambda c: c["quantization"].update(exclude_modules=[]), "stored.config"),
+    "modules in one text": (lambda c: c["quantization"].update(exclude_modules="lm_head"), "stored.config"),
     "no cache": (lambda c: c["quantization"].update(kv_cache_quant_algo=None), "stored.tensor_extra"),
 }
 
