@@ -61,6 +61,12 @@ def overwrite(path: Path, name: str, change: bytes) -> None:
         file.write(change)
 
 
+def payload(path: Path, name: str) -> bytes:
+    """The bytes of a tensor."""
+    info = read_whole_header(path, DTYPES | {"F8_E4M3": np.dtype(np.uint8)})[1][name]
+    return path.read_bytes()[info.offset : info.offset + info.nbytes]
+
+
 @pytest.mark.parametrize(
     ("recipe", "form"), [("bf16", None), ("fp8-channel", None), ("fp8-channel", "trtllm"), ("int4-rtn", None)]
 )
@@ -90,9 +96,33 @@ def test_a_changed_code_is_found_and_named(checkpoint: Checkpoint, tmp_path: Pat
     report = verify_artifact(engine, NoProgress(), numbers)
     assert not report.passed and report.first_divergence is not None
     assert (report.first_divergence.layer, report.first_divergence.value) == (1, name)
-    # Without the numbers it was written from, only eager's limits are left to hold it to.
+    # Without the numbers it was written from, codes are not known to the last one.
     blind = verify_artifact(engine, NoProgress(), None)
     assert values(blind)["stored_weights_error"] is None and blind.proof.simulation is None
+
+
+def test_matrices_in_each_other_s_place_are_found_without_the_numbers(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    engine, _ = written(checkpoint, tmp_path, "fp8-channel")
+    sound = verify_artifact(engine, NoProgress(), None)
+    assert sound.passed and values(sound)["stored_weights_error"] is None
+    assert values(sound)["float_weights_error"] == 0.0
+    # E4M3 keeps four bits: at most 2^-4 of any value is lost.
+    assert 0 < (values(sound)["rounded_weights_error"] or 0) < 2**-4
+    up, gate = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.gate_proj.weight"
+    file = tmp_path / "model.safetensors"
+    both = {name: payload(file, name) for name in (up, gate)}
+    overwrite(file, up, both[gate])
+    overwrite(file, gate, both[up])
+    report = verify_artifact(engine, NoProgress(), None)
+    assert not report.passed and report.first_divergence is not None
+    assert report.first_divergence.layer == 1 and report.first_divergence.value in both
+
+
+def test_a_float_that_is_another_is_found_without_the_numbers(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    engine, _ = written(checkpoint, tmp_path, "int4-rtn")
+    overwrite(tmp_path / "model.safetensors", "model.norm.weight", bytes(4))
+    report = verify_artifact(engine, NoProgress(), None)
+    assert report.first_divergence is not None and report.first_divergence.value == "model.norm.weight"
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])
