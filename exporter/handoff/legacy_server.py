@@ -32,4 +32,10 @@ def legacy_route(facts: ServingFacts, compiled: bool) -> Route:
         *("--max_batch_size", str(facts.max_batch), "--max_seq_len", str(facts.max_seq_len)),
     ]
     commands = (tuple(serve),) if compiled else (tuple(build), tuple(serve))
-    return Route("trtllm-build", "TensorRT-LLM 1.2 (TensorRT backend)", commands, notes=NOTES, checked=READ)
+    return Route(
+        "trtllm-build",
+        "TensorRT-LLM 1.2 (TensorRT backend)",
+        commands,
+        notes=NOTES[: 1 if compiled else 2],
+        checked=READ,
+    )

@@ -6,7 +6,7 @@ from exporter.core.progress import PartOfStage, Progress
 from targets.base import BuildResult, BuildSource
 from targets.tensorrt_llm.formats import COMPRESSED, HF, LEGACY, form_of
 from targets.tensorrt_llm.served_by import labels, named_devices
-from targets.tensorrt_llm.trtllm_build import compile_engine, compiler_version
+from targets.tensorrt_llm.trtllm_build import COMMAND, compile_engine, compiler_version
 from targets.tensorrt_llm.written import Written
 
 # The share of the stage that writing the checkpoint takes, where engines are compiled after it.
@@ -21,6 +21,7 @@ TITLES = {
 def build_checkpoint(source: BuildSource, out_dir: Path, progress: Progress, versions: dict[str, str]) -> BuildResult:
     """Write the checkpoint's files into `out_dir`, and engines below `engine/` with `--engine`."""
     form, share = form_of(source.engine), CHECKPOINT_SHARE if source.engine.compile_engine else 1.0
+    compiled = ""
     written = _write(form, source, out_dir, PartOfStage(progress, 0.0, share))
     files, report = list(written.files), {"form": form, **written.report}
     if devices := named_devices(source.device):
@@ -28,6 +29,9 @@ def build_checkpoint(source: BuildSource, out_dir: Path, progress: Progress, ver
     if source.engine.compile_engine:
         files += compile_engine(out_dir, source.limits, source.engine, PartOfStage(progress, share, 1.0))
         report["engine"] = {"compiler": compiler_version(), "run": None}
+        compiled = (
+            f", whose engines {' '.join(filter(None, (COMMAND, compiler_version())))} compiled and nobody has run"
+        )
     return BuildResult(
         files=files,
         toolchain=versions,
@@ -35,7 +39,7 @@ def build_checkpoint(source: BuildSource, out_dir: Path, progress: Progress, ver
         weights_bytes=written.weights_bytes,
         triple="any",
         report=report,
-        built_by=f"enginesmith, as a {TITLES[form]}",
+        built_by=f"enginesmith, as a {TITLES[form]}{compiled}",
     )
 
 
