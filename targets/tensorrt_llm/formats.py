@@ -96,8 +96,10 @@ def legacy_algorithm(precision: Precision) -> str | None:
 
 def matrix_bits(precision: Precision, rows: int, width: int) -> int:
     """Bits of a matrix [rows, width] in the files: codes, scales (float32; E4M3 in nvfp4), and 64 bits for those of its
-    input and of the whole matrix. Forms with scales in 16 bits take a little less."""
+    input and of the whole matrix. compressed-tensors has the scales of packed codes in 16 bits, counted so for groups
+    of 32, which no other form has; with larger groups it takes a little less than this."""
     if not precision.is_coded:
         return rows * width * min(precision.bits, 16)
     scales = 1 if precision.group_size == TENSOR else rows * precision.groups(width)
-    return rows * width * precision.bits + scales * (8 if precision.kind == "nvfp4" else 32) + 64
+    wide = 8 if precision.kind == "nvfp4" else 16 if precision.group_size == min(WNA16_GROUPS[:3]) else 32
+    return rows * width * precision.bits + scales * wide + 64

@@ -165,6 +165,7 @@ def test_names_of_algorithms() -> None:
         (FP8, 8 * 4096 * 512 + 32 + 64),
         (FP8_CHANNEL, 8 * 4096 * 512 + 32 * 4096 + 64),
         (INT4, 4 * 4096 * 512 + 32 * 4096 * 4 + 64),
+        (Precision("int4", 32), 4 * 4096 * 512 + 16 * 4096 * 16 + 64),
         (NVFP4, 4 * 4096 * 512 + 8 * 4096 * 32 + 64),
     ],
     ids=lambda value: value.describe() if isinstance(value, Precision) else "",
