@@ -106,7 +106,7 @@ def verify_engine(
         *_consistency(run, limits),
         *([Check("rounding_flips", max(errors.flips), None, STAGE)] if simulation.rounds else []),
     )
-    if half and simulation.rounds_activations:
+    if half:
         tight = _less_flips(tight, simulation, inputs, roundoff)
     divergence = _divergence(errors, limits, tight)
     stage = StageResult(STAGE, tight, local_errors=errors.all, divergence=divergence)
@@ -139,8 +139,8 @@ def _consistency(run: EngineRun, limits: EngineLimits) -> tuple[Check, ...]:
 def _less_flips(
     checks: tuple[Check, ...], simulation: EagerModel, inputs: ParityInputs, roundoff: float
 ) -> tuple[Check, ...]:
-    """Where two ways through an engine part by more than their limit: what is left after what flips of codes explain,
-    in squares as everywhere."""
+    """Where two ways through an engine in half precision part by more than their limit: what is left after what its
+    rounding, and flips of codes, explain over the whole model; in squares as everywhere."""
     if all(check.passed for check in checks if check.name in WAYS):
         return checks
     positions = [inputs.ragged_positions(row) for row in range(len(inputs.ragged))]

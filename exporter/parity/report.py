@@ -1,6 +1,7 @@
 """What verification found, as data: the `verify` JSON of the contract plus the per-layer errors behind it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -179,7 +180,7 @@ class VerifyReport:
             "parity.failed",
             f"parity failed for {self.recipe} on {self.target}: {'; '.join(failed) or 'the engine was not run'}; "
             f"{where}",
-            _remedy(found),
+            _remedy(found, self.failures),
             self.to_json(),
             self,
         )
@@ -206,10 +207,15 @@ class VerifyReport:
         }
 
 
-def _remedy(found: Divergence | None) -> str:
-    if found and found.stage in ("quantize", "simulate"):
+def _remedy(found: Divergence | None, failures: Sequence[Check]) -> str:
+    lossy = found is not None and found.stage in ("quantize", "simulate")
+    if lossy or (found is None and failures and all(check.name in AGAINST_EAGER for check in failures)):
         return "choose a finer recipe: a smaller group size, int8, or more bits for head or embedding"
     return "this is a fault of the build, not of the checkpoint: report it with the --report page"
+
+
+AGAINST_EAGER = ("relative_l2_error", "kl_divergence_mean", "kl_divergence_max", "perplexity_ratio")
+"""Checks that a faithful engine misses where its recipe loses too much."""
 
 
 def finite(value: float | None) -> float | None:

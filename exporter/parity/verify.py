@@ -15,7 +15,7 @@ from exporter.memory import release_free_memory
 from exporter.parity.basis import residual_basis
 from exporter.parity.engine import EngineResult, LogitSink, Unsimulated, verify_engine
 from exporter.parity.inputs import ParityInputs, ParityPlan, parity_inputs, read_text
-from exporter.parity.limits import SIMULATION_COARSE, eager_limits
+from exporter.parity.limits import CHAINED_BF16, SIMULATION_COARSE, eager_limits
 from exporter.parity.metrics import relative_l2_error
 from exporter.parity.reference import EagerModel
 from exporter.parity.report import Check, Divergence, Proof, StageResult, VerifyReport, eager_checks
@@ -33,6 +33,8 @@ from exporter.parity.stored import verify_stored
 from exporter.parity.weight_values import RecipeValues, WeightPrecisions
 from exporter.recipe_numbers import RecipeNumbers
 from targets.base import Limits, Runner, RunOptions, StoredModel, Target, built_by
+
+FP16_ROUNDOFF = 2.0**-11
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ def _graph_checks(engine: EngineUnderTest, simulation: EagerModel, inputs: Parit
     from targets.tensorrt.engine_index import EngineIndex
     from targets.tensorrt.file_names import MODEL
 
-    limit = None if simulation.rounds_activations else SIMULATION_COARSE
+    bf16 = engine.target.roundoff(engine.recipe) > FP16_ROUNDOFF
+    limit = None if simulation.rounds_activations else CHAINED_BF16 if bf16 else SIMULATION_COARSE
     index = EngineIndex.read(engine.directory)
     return polygraphy_checks(engine.directory / MODEL, simulation, inputs, index, limit, engine.threads)
 

@@ -54,9 +54,9 @@ def _send(messages: TextIO, **message: object) -> None:
 
 
 def _start_steadily() -> None:
-    """Start over with fixed addresses and hashes: the compiler orders what it writes by them, and equal builds must
-    give equal bytes. No thread is started either: with one that waited for the end of its input, 3 of 6 builds differed
-    from the others; and names are relative to the directory it is started in, for their lengths matter too.
+    """Start over with fixed addresses and hashes: the compiler orders what it writes by them, and equal builds should
+    give equal bytes. No thread is started either, and names are relative to the directory it is started in: both were
+    seen to matter. It is not all that does: most plans of one graph are equal then, not every one.
 
     Where the system forbids it (a container's seccomp), the build goes on as it is.
     """

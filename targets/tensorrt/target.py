@@ -65,6 +65,9 @@ class TensorRtTarget(EngineTarget):
         engine: EngineOptions = PLAIN,
         task: Task = GENERATE,
     ) -> Support:
+        if recipe.name == "auto":
+            why = "auto gives matrices 6 bits, embeddings too, which TensorRT has no kernels for"
+            return Support("refused", why, "use --recipe int4-awq or fp8, or targets tvm and onnxruntime")
         capabilities = [_sm(name) for name in devices.named_capabilities(device)]
         return support.recipe_support(config, recipe, min(capabilities, default=None), task)
 
