@@ -31,6 +31,16 @@ each row (`token`); one from calibration (`tensor`). To E4M3: a scale max|x| / 4
 calibration. To E2M1 (`nvfp4`): an E4M3 scale for each group of 16, times one from calibration."""
 
 
+ASKED_ROUNDINGS: dict[str, ActivationRounding] = {
+    "int8/token": "token",
+    "int8/tensor": "tensor",
+    "fp8/token": "fp8-token",
+    "fp8/tensor": "fp8-tensor",
+    "nvfp4/tensor": "nvfp4",
+}
+"""What a recipe asks of a matrix's input (`Precision.activations`), in these words."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What an engine is built for: rows in a batch and positions in a row (prompt and answer together)."""

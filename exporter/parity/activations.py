@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from exporter.core.recipe import Precision
-from targets.base import ActivationRounding
+from targets.base import ASKED_ROUNDINGS, ActivationRounding
 
 if TYPE_CHECKING:
     import torch
@@ -15,12 +15,7 @@ NVFP4_BLOCK = 16
 LEAST_EXPONENT = -24
 LEAST_ROW = 2.0**-80
 
-ASKED: dict[str, ActivationRounding] = {
-    "int8/token": "token",
-    "int8/tensor": "tensor",
-    "fp8/token": "fp8-token",
-    "fp8/tensor": "fp8-tensor",
-}
+ASKED = {asked: how for asked, how in ASKED_ROUNDINGS.items() if how != "nvfp4"}
 """How the quantized canonical model rounds what a recipe asks for. nvfp4/tensor is missing: no CPU runtime has FP4, so
 the graph carries its scale and leaves the input alone; only engines that round so, and their simulations, do it."""
 

@@ -12,6 +12,7 @@ from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
 from exporter.core.task import GENERATE, Task
 from targets.base import (
+    ASKED_ROUNDINGS,
     ActivationRounding,
     BuildResult,
     BuildSource,
@@ -28,7 +29,6 @@ from targets.onnxruntime.file_names import MODEL
 from targets.onnxruntime.stored_rows import in_blocks, matrix_bits
 from targets.onnxruntime.support import capabilities, recipe_support
 
-FP8_ROUNDINGS: dict[str, ActivationRounding] = {"fp8/token": "fp8-token", "fp8/tensor": "fp8-tensor"}
 MACHINES = ("x86_64", "AMD64", "aarch64", "arm64")
 PACKAGES = ("onnxruntime", "onnx", "onnx-ir")
 
@@ -79,7 +79,7 @@ class OnnxRuntimeTarget(EngineTarget):
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
         if in_blocks(precision):
             return "group"
-        return FP8_ROUNDINGS.get(precision.activations)
+        return ASKED_ROUNDINGS[precision.activations] if precision.kind == "fp8" and precision.activations else None
 
     def devices(self) -> dict[str, str]:
         return {}

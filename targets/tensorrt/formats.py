@@ -13,19 +13,12 @@ nvfp4    E2M1 codes, E4M3 scales of blocks of 16, a float32: with rounded inputs
 from typing import Literal
 
 from exporter.core.recipe import CHANNEL, TENSOR, Precision, Recipe
-from targets.base import ActivationRounding
+from targets.base import ASKED_ROUNDINGS, ActivationRounding
 
 Form = Literal["float", "rows", "int4", "blocks", "nvfp4"]
 INT4_BLOCKS = (128, 64, 32, 16)
 """That TensorRT decodes while it multiplies."""
 SCALE_BITS: dict[Form, int] = {"rows": 32, "int4": 16, "blocks": 32, "nvfp4": 8}
-ROUNDINGS: dict[str, ActivationRounding] = {
-    "int8/token": "token",
-    "int8/tensor": "tensor",
-    "fp8/token": "fp8-token",
-    "fp8/tensor": "fp8-tensor",
-    "nvfp4/tensor": "nvfp4",
-}
 
 
 def form_of(precision: Precision) -> Form:
@@ -45,7 +38,7 @@ def rounds_inputs(precision: Precision) -> bool:
 
 def activation_rounding(precision: Precision) -> ActivationRounding | None:
     """How engines round what a matrix of this precision multiplies; None: not at all."""
-    return ROUNDINGS[precision.activations] if rounds_inputs(precision) else None
+    return ASKED_ROUNDINGS[precision.activations] if rounds_inputs(precision) else None
 
 
 def stored_group(precision: Precision, width: int) -> int:

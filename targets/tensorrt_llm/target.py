@@ -12,6 +12,7 @@ from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
 from exporter.core.task import GENERATE, Task
 from targets.base import (
+    ASKED_ROUNDINGS,
     ActivationRounding,
     BuildResult,
     BuildSource,
@@ -33,13 +34,6 @@ from targets.tensorrt_llm.served_rows import served_rows
 OPTIONS = frozenset({"--tp", "--pp", "--format", "--engine"})
 # Writing a checkpoint needs none of them: they are what loads it, or compiles it.
 PACKAGES = {"tensorrt-llm": "tensorrt_llm", "vllm": "vllm", "sglang": "sglang"}
-ROUNDINGS: dict[str, ActivationRounding] = {
-    "int8/token": "token",
-    "int8/tensor": "tensor",
-    "fp8/token": "fp8-token",
-    "fp8/tensor": "fp8-tensor",
-    "nvfp4/tensor": "nvfp4",
-}
 
 
 class TensorRtLlmTarget(EngineTarget):
@@ -84,7 +78,7 @@ class TensorRtLlmTarget(EngineTarget):
         return formats.matrix_bits(precision, rows, width)
 
     def activation_rounding(self, precision: Precision) -> ActivationRounding | None:
-        return ROUNDINGS.get(precision.activations)
+        return ASKED_ROUNDINGS.get(precision.activations)
 
     def served_rows(self, rows: RowReader, recipe: Recipe, form: str | None = None) -> RowReader:
         return served_rows(rows, form or formats.HF, recipe.lm_head.kind)

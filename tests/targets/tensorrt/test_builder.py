@@ -153,8 +153,13 @@ def test_ctrl_c_ends_the_compiler_and_leaves_nothing(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(builder.subprocess, "Popen", remembered)
     model = save(Decoder().model(), tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        build_plan(model, SM89, tmp_path / "engine.plan", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    # Tests that a shell started in the background inherit an ignored signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build_plan(model, SM89, tmp_path / "engine.plan", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "engine.plan").exists()
     assert [worker.returncode for worker in workers] == [-signal.SIGKILL]
 

@@ -119,12 +119,15 @@ STUBBORN = """
     time.sleep(600)
 """
 CALLER = """
+import signal
 import sys
 from pathlib import Path
 from exporter.core.engine_options import PLAIN
 from exporter.core.progress import NoProgress
 from targets.base import Limits
 from targets.tensorrt_llm import trtllm_build
+# What a shell started in the background has inherited an ignored signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 trtllm_build.PATIENCE_S = 0.2
 trtllm_build.compile_engine(Path(sys.argv[1]), Limits(1, 16), PLAIN, NoProgress())
 """
