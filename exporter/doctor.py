@@ -5,12 +5,12 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from exporter.check import Check as Check
 from exporter.core.errors import EngineSmithError
 from exporter.core.machine import physical_cores
+from exporter.core.packages import installed_version
 from exporter.gpu_checks import gpu_checks
 from exporter.memory import available_bytes
 from targets.registry import TARGETS, get_target
@@ -100,10 +100,9 @@ def _tvm_runtime() -> Check:
 
 def _package(name: str, purpose: str, required: bool = True) -> Check:
     found = f"{purpose}: {name}"
-    try:
-        return Check(found, True, metadata.version(name), required=required)
-    except metadata.PackageNotFoundError:
-        return Check(found, False, "not installed", f"pip install 'enginesmith[{purpose}]'", required)
+    if version := installed_version(name):
+        return Check(found, True, version, required=required)
+    return Check(found, False, "not installed", f"pip install 'enginesmith[{purpose}]'", required)
 
 
 def _target(name: str) -> Check:

@@ -1,12 +1,12 @@
 """What `enginesmith doctor` finds of GPUs and of the packages that build engines and checkpoints for them."""
 
 from collections.abc import Iterator
-from importlib import metadata
 
 from exporter.check import Check
 from exporter.core.errors import EngineSmithError
 from exporter.core.gpu import GpuHost, gpu_host, installed_toolkits
 from exporter.core.gpu_needs import LABELS
+from exporter.core.packages import installed_version
 
 # Distribution -> what it is for, and how it is had. None is needed to write checkpoints for TensorRT-LLM.
 PACKAGES = {
@@ -60,7 +60,6 @@ def builder_check(host: GpuHost) -> Check:
 
 def _package(name: str, purpose: str, remedy: str) -> Check:
     found = f"nvidia: {name}"
-    try:
-        return Check(found, True, f"{metadata.version(name)}, {purpose}", required=False)
-    except metadata.PackageNotFoundError:
-        return Check(found, False, f"not installed; {purpose}", remedy, required=False)
+    if version := installed_version(name):
+        return Check(found, True, f"{version}, {purpose}", required=False)
+    return Check(found, False, f"not installed; {purpose}", remedy, required=False)

@@ -166,12 +166,10 @@ def calibrated_job(job: Job, checkpoint: Checkpoint, progress: Progress) -> Job:
 
 
 def recipe_numbers(job: Job, checkpoint: Checkpoint) -> RecipeNumbers:
-    """Where weights and scales come from, as the target serves them; nothing is read yet but the scales."""
+    """Where weights and scales come from; nothing is read yet but the scales."""
     if job.parameters is None:
-        numbers = plain_numbers(checkpoint, job.options.threads)
-    else:
-        numbers = calibrated_numbers(checkpoint, job.recipe, job.parameters, job.target, job.options.threads)
-    return numbers.served(job.target, job.recipe, job.options.engine.format)
+        return plain_numbers(checkpoint, job.options.threads)
+    return calibrated_numbers(checkpoint, job.recipe, job.parameters, job.target, job.options.threads)
 
 
 def make_graphs(job: Job, numbers: RecipeNumbers, progress: Progress) -> Graphs:
@@ -234,8 +232,9 @@ def _verify(
         options.threads,
         built_by=result.built_by or "",
     )
+    served = numbers.served(job.target, job.recipe, options.engine.format)
     with stage(progress, "verify"):
-        report = verify_build(subject, graphs.traced, graphs.fused, graphs.quantized, numbers, progress, not_run)
+        report = verify_build(subject, graphs.traced, graphs.fused, graphs.quantized, served, progress, not_run)
         check_peak(job.options.max_ram, "verify")
     return report
 

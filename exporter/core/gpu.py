@@ -5,9 +5,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from exporter.core.packages import installed_version
 
 LIBRARY = "libcuda.so.1"
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
@@ -120,7 +121,7 @@ def installed_toolkits(wanted: Iterable[str] = tuple(TOOLKITS)) -> dict[str, str
     """The versions of the runtimes that are installed, from package metadata; nothing is imported."""
     found = {}
     for toolkit in wanted:
-        versions = (_version(name) for name in TOOLKITS[toolkit])
+        versions = (installed_version(name) for name in TOOLKITS[toolkit])
         if version := next((version for version in versions if version), ""):
             found[toolkit] = version
     return found
@@ -130,16 +131,9 @@ def cuda_of_toolkit(toolkit: str) -> str:
     """The CUDA major version that an installed runtime was made with (`13`), told by its packages' names."""
     for name in TOOLKITS[toolkit]:
         made_with = re.search(r"-cu(\d+)", name)
-        if made_with and _version(name):
+        if made_with and installed_version(name):
             return made_with.group(1)
     return ""
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _cuda_version(driver: Any) -> str:

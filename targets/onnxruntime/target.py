@@ -1,12 +1,12 @@
 """The target `onnxruntime`: engines for ONNX Runtime on a CPU, loadable by onnxruntime-genai as they are."""
 
 import platform
-from importlib import metadata
 from pathlib import Path
 
 from exporter.core.config import ModelConfig
 from exporter.core.device import THIS_MACHINE
 from exporter.core.engine_options import PLAIN
+from exporter.core.packages import installed_version
 from exporter.core.progress import Progress
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
@@ -52,7 +52,7 @@ class OnnxRuntimeTarget(EngineTarget):
         return Support("native")
 
     def versions(self) -> dict[str, str]:
-        return {name: _version(name) for name in PACKAGES}
+        return {name: installed_version(name) for name in PACKAGES}
 
     def supports(
         self,
@@ -100,10 +100,3 @@ class OnnxRuntimeTarget(EngineTarget):
         from targets.onnxruntime.runner import OnnxRuntimeRunner
 
         return OnnxRuntimeRunner(engine_dir / MODEL, config, limits, options)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -1,11 +1,12 @@
 """The target `tensorrt`: engines for NVIDIA GPUs, built by TensorRT 11 on one or by TensorRT-RTX anywhere."""
 
-from importlib import metadata
 from pathlib import Path
 
 from exporter.core.config import ModelConfig
 from exporter.core.device import THIS_MACHINE
 from exporter.core.engine_options import PLAIN
+from exporter.core.gpu import version_numbers
+from exporter.core.packages import installed_version
 from exporter.core.progress import Progress
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
@@ -55,7 +56,7 @@ class TensorRtTarget(EngineTarget):
         return probe_toolkit()
 
     def versions(self) -> dict[str, str]:
-        return {name: _version(package) for name, package in PACKAGES.items()}
+        return {name: installed_version(package) for name, package in PACKAGES.items()}
 
     def supports(
         self,
@@ -68,7 +69,8 @@ class TensorRtTarget(EngineTarget):
         if recipe.name == "auto":
             why = "auto gives matrices 6 bits, embeddings too, which TensorRT has no kernels for"
             return Support("refused", why, "use --recipe int4-awq or fp8, or targets tvm and onnxruntime")
-        capabilities = [_sm(name) for name in devices.named_capabilities(device)]
+        named = map(version_numbers, devices.named_capabilities(device))
+        capabilities = [(major, minor) for major, minor, *_ in named]
         return support.recipe_support(config, recipe, min(capabilities, default=None), task)
 
     def complete(
@@ -120,16 +122,3 @@ class TensorRtTarget(EngineTarget):
         from targets.tensorrt.stand_in import open_stand_in
 
         return open_stand_in(engine_dir, config, limits, options)
-
-
-def _sm(capability: str) -> tuple[int, int]:
-    """`8.9` -> (8, 9)."""
-    major, _, minor = capability.partition(".")
-    return int(major), int(minor)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -1,11 +1,8 @@
 """Writing compressed-tensors checkpoints, which vLLM and SGLang load, and transformers."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from exporter.core.recipe import TENSOR, Precision
 from targets.base import BuildSource
@@ -19,8 +16,8 @@ from targets.tensorrt_llm.compressed_tensors_layout import (
 )
 from targets.tensorrt_llm.formats import COMPRESSED, compressed_format, float_kind, matrix_precisions
 from targets.tensorrt_llm.hf_config import CONFIG, GENERATION_CONFIG, model_config, write_generation_config
-from targets.tensorrt_llm.hf_form import coded_matrices, shared_matrix_scale, siblings
-from targets.tensorrt_llm.piece import Piece, float_piece, input_scale
+from targets.tensorrt_llm.hf_form import CodedPieces, coded_matrices
+from targets.tensorrt_llm.piece import Piece, input_scale
 from targets.tensorrt_llm.served_rows import served_rows
 from targets.tensorrt_llm.streamed_files import SHARD_BYTES, Report, write_json, write_pieces
 from targets.tensorrt_llm.written import Written
@@ -49,32 +46,15 @@ def _quantization(source: BuildSource) -> dict[str, Any] | None:
     return quantization_config(next(iter(coded.values())), source.recipe.kv_cache, ["lm_head", *plain])
 
 
-class CompressedPieces:
-    """Every tensor of the source, in its order, with the tensors that store it."""
-
-    def __init__(self, source: BuildSource, kind: str) -> None:
-        self.source, self.kind = source, kind
-        self.coded = coded_matrices(source)
-        self._matrix_scales: dict[str, np.float32] = {}
-
-    def __iter__(self) -> Iterator[Piece]:
-        for name, shape in self.source.checkpoint.config.tensor_shapes.items():
-            yield self._with_cache(self._piece(name, shape))
-
-    def _piece(self, name: str, shape: tuple[int, ...]) -> Piece:
-        module = name.removesuffix(".weight")
-        if module not in self.coded:
-            return float_piece(name, shape, self.kind)
-        precision = self.coded[module]
-        return Piece(name, shape, precision, self._encoder(module, (shape[0], shape[1]), precision))
+class CompressedPieces(CodedPieces):
+    """The form of compressed-tensors."""
 
     def _with_cache(self, piece: Piece) -> Piece:
         """The scales of a layer's cache come with the matrix of its keys."""
-        scales = self.source.kv_scales if self.source.recipe.kv_cache == "fp8" else None
-        if not scales or not piece.name.endswith("self_attn.k_proj.weight"):
+        if not self._cache_scales or not piece.name.endswith("self_attn.k_proj.weight"):
             return piece
         layer = int(piece.name.split(".")[2])
-        return replace(piece, encoder=KvScalesEncoder(piece.encoder, layer, scales[layer]))
+        return replace(piece, encoder=KvScalesEncoder(piece.encoder, layer, self._cache_scales[layer]))
 
     def _encoder(self, module: str, shape: tuple[int, int], precision: Precision) -> CompressedEncoder:
         form = compressed_format(precision)
@@ -87,9 +67,3 @@ class CompressedPieces:
             return PackedEncoder(module, shape, precision.bits, precision.groups(shape[1]), self.kind)
         assert form == "nvfp4-pack-quantized"
         return Nvfp4PackedEncoder(module, shape, self._matrix_scale(module), scale)
-
-    def _matrix_scale(self, module: str) -> np.float32:
-        together = siblings(module)
-        if together[0] not in self._matrix_scales:
-            self._matrix_scales[together[0]] = shared_matrix_scale(self.source, together)
-        return self._matrix_scales[together[0]]

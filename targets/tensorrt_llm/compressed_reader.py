@@ -29,6 +29,7 @@ from targets.tensorrt_llm.stored_checks import (
     layer_modules,
     open_tensors,
     products,
+    read_kv_scales,
     read_scalar,
     stored_config,
 )
@@ -112,12 +113,8 @@ class StoredCompressed:
 
     @cached_property
     def kv_scales(self) -> Mapping[int, tuple[float, float]]:
-        layers = range(self.config.num_layers) if self.compression.caches else ()
-        found = {}
-        for layer in layers:
-            keys, values = (float(read_scalar(self.tensors[name])) for name in _kv_names(layer))
-            found[layer] = (keys, values)
-        return found
+        layers = self.config.num_layers if self.compression.caches else 0
+        return read_kv_scales(self.tensors, layers, _kv_names)
 
     @property
     def requantized(self) -> frozenset[str]:

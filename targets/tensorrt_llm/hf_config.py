@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.core.config import ModelConfig, RopeConfig, read_json
+from exporter.core.packages import installed_version
 from exporter.core.recipe import Precision
 from targets.tensorrt_llm.formats import TORCH_TYPES
 from targets.tensorrt_llm.streamed_files import write_json
@@ -23,12 +24,7 @@ KV_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 def producer() -> dict[str, str]:
     """Who wrote a checkpoint."""
-    from importlib import metadata
-
-    try:
-        return {"name": "enginesmith", "version": metadata.version("enginesmith")}
-    except metadata.PackageNotFoundError:
-        return {"name": "enginesmith", "version": "unknown"}
+    return {"name": "enginesmith", "version": installed_version("enginesmith") or "unknown"}
 
 
 def quantization(

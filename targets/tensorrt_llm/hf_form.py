@@ -1,6 +1,7 @@
 """Writing the quantized Hugging Face checkpoint of ModelOpt, which TensorRT-LLM, vLLM and SGLang load."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,12 @@ def report(source: BuildSource, kind: str, found: dict[str, Any] | None) -> dict
     return {**facts, "note": note} if note else facts
 
 
-class HfPieces:
-    """Every tensor of the source, in its order, with the tensors that store it."""
+class CodedPieces(ABC):
+    """Every tensor of the source, in its order, with the tensors that store it in one form of checkpoint."""
 
     def __init__(self, source: BuildSource, kind: str) -> None:
         self.source, self.kind = source, kind
         self.coded = coded_matrices(source)
-        self._amax: dict[str, SharedAmax] = {}
         self._matrix_scales: dict[str, np.float32] = {}
 
     def __iter__(self) -> Iterator[Piece]:
@@ -98,10 +98,36 @@ class HfPieces:
         precision = self.coded[module]
         return Piece(name, shape, precision, self._encoder(module, (shape[0], shape[1]), precision))
 
+    @property
+    def _cache_scales(self) -> Mapping[int, tuple[float, float]]:
+        """Of layers whose cache is in fp8."""
+        return (self.source.kv_scales or {}) if self.source.recipe.kv_cache == "fp8" else {}
+
+    def _matrix_scale(self, module: str) -> np.float32:
+        together = siblings(module)
+        if together[0] not in self._matrix_scales:
+            self._matrix_scales[together[0]] = shared_matrix_scale(self.source, together)
+        return self._matrix_scales[together[0]]
+
+    @abstractmethod
+    def _with_cache(self, piece: Piece) -> Piece:
+        """The piece with the scales of a cache that are written beside it."""
+
+    @abstractmethod
+    def _encoder(self, module: str, shape: tuple[int, int], precision: Precision) -> Encoder:
+        """How a quantized matrix is stored."""
+
+
+class HfPieces(CodedPieces):
+    """ModelOpt's form."""
+
+    def __init__(self, source: BuildSource, kind: str) -> None:
+        super().__init__(source, kind)
+        self._amax: dict[str, SharedAmax] = {}
+
     def _with_cache(self, piece: Piece) -> Piece:
         """The scale of keys, or of values, comes with the matrix that computes them."""
-        scales = self.source.kv_scales if self.source.recipe.kv_cache == "fp8" else None
-        found = kv_scale_of(piece.name.removesuffix(".weight"), scales or {})
+        found = kv_scale_of(piece.name.removesuffix(".weight"), self._cache_scales)
         return piece if found is None else replace(piece, encoder=KvScaleEncoder(piece.encoder, *found))
 
     def _encoder(self, module: str, shape: tuple[int, int], precision: Precision) -> Encoder:
@@ -118,12 +144,6 @@ class HfPieces:
             return Int4Fp8Encoder(module, shape, group, self.kind, input_scale(scales, module), amax)
         assert algorithm == "NVFP4"
         return Nvfp4Encoder(module, shape, input_scale(scales, module), self._matrix_scale(module))
-
-    def _matrix_scale(self, module: str) -> np.float32:
-        together = siblings(module)
-        if together[0] not in self._matrix_scales:
-            self._matrix_scales[together[0]] = shared_matrix_scale(self.source, together)
-        return self._matrix_scales[together[0]]
 
 
 def siblings(module: str) -> tuple[str, ...]:

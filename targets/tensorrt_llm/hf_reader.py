@@ -32,6 +32,7 @@ from targets.tensorrt_llm.stored_checks import (
     matches,
     open_tensors,
     products,
+    read_kv_scales,
     read_object,
     read_scalar,
     stored_config,
@@ -96,13 +97,8 @@ class StoredHf:
 
     @cached_property
     def kv_scales(self) -> Mapping[int, tuple[float, float]]:
-        if not self.quantization.kv_cache:
-            return {}
-        found = {}
-        for layer in range(self.config.num_layers):
-            keys, values = (float(read_scalar(self.tensors[name])) for name in _kv_names(layer))
-            found[layer] = (keys, values)
-        return found
+        layers = self.config.num_layers if self.quantization.kv_cache else 0
+        return read_kv_scales(self.tensors, layers, _kv_names)
 
     @property
     def requantized(self) -> frozenset[str]:

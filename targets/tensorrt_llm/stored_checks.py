@@ -4,7 +4,7 @@ Readers share no code with writers but the list of a Llama's tensors: they are w
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +159,17 @@ def read_scalar(info: TensorInfo) -> np.ndarray:
     one = TensorInfo(info.name, info.path, info.dtype, (1,), info.offset, info.nbytes)
     with stored_errors():
         return read_rows(one, 0, 1).reshape(())
+
+
+def read_kv_scales(
+    tensors: Mapping[str, TensorInfo], layers: int, names: Callable[[int], tuple[str, str]]
+) -> dict[int, tuple[float, float]]:
+    """Scales of keys and values of each layer, from the tensors that `names` tells."""
+    found = {}
+    for layer in range(layers):
+        keys, values = (float(read_scalar(tensors[name])) for name in names(layer))
+        found[layer] = (keys, values)
+    return found
 
 
 def check_scales(info: TensorInfo, least: float = 0.0, most: float = float(np.finfo(np.float32).max)) -> None:

@@ -1,12 +1,12 @@
 """The target `tensorrt-llm`: quantized checkpoints that TensorRT-LLM, vLLM and SGLang load."""
 
-from importlib import metadata
 from pathlib import Path
 
 from exporter.core.config import ModelConfig
 from exporter.core.device import THIS_MACHINE
 from exporter.core.engine_options import PLAIN
 from exporter.core.errors import InputError, UnsupportedError
+from exporter.core.packages import installed_version
 from exporter.core.progress import Progress
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
@@ -48,7 +48,7 @@ class TensorRtLlmTarget(EngineTarget):
         return Support("native")
 
     def versions(self) -> dict[str, str]:
-        return {name: _version(package) for name, package in PACKAGES.items()}
+        return {name: installed_version(package) for name, package in PACKAGES.items()}
 
     def supports(
         self,
@@ -124,10 +124,3 @@ class TensorRtLlmTarget(EngineTarget):
         from targets.tensorrt_llm.stored import open_stored
 
         return open_stored(engine_dir, config, recipe)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

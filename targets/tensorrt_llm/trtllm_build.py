@@ -10,13 +10,13 @@ import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
 from exporter.core.engine_options import EngineOptions
 from exporter.core.errors import UnsupportedError
+from exporter.core.packages import installed_version
 from exporter.core.progress import Progress
 from targets.base import Limits
 
@@ -63,10 +63,7 @@ def compiler_missing(limits: Limits | None, engine: EngineOptions) -> Unsupporte
 
 def compiler_version() -> str:
     """The installed TensorRT-LLM, or nothing."""
-    try:
-        return metadata.version(PACKAGE)
-    except metadata.PackageNotFoundError:
-        return ""
+    return installed_version(PACKAGE)
 
 
 def compile_engine(out_dir: Path, limits: Limits, engine: EngineOptions, progress: Progress) -> list[str]:

@@ -8,13 +8,13 @@ takes 10000, and logits_dtype float16.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from exporter.core.config import ModelConfig, RopeConfig
 from exporter.core.engine_options import EngineOptions
 from exporter.core.recipe import Precision, Recipe
 from targets.tensorrt_llm.formats import FLOAT_TYPES, legacy_algorithm
+from targets.tensorrt_llm.hf_config import producer
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 """TensorRT-LLM's words for the type of everything that is not quantized."""
@@ -96,7 +96,7 @@ def config_json(config: ModelConfig, recipe: Recipe, engine: EngineOptions) -> d
     """config.json of a checkpoint, one for all ranks. `rank` is the last one's, as modelopt leaves it."""
     tp, pp = engine.tensor_parallel, engine.pipeline_parallel
     return {
-        "producer": {"name": "enginesmith", "version": _version()},
+        "producer": producer(),
         "architecture": "LlamaForCausalLM",
         "dtype": DTYPES[recipe.lm_head.kind],
         "logits_dtype": "float32",
@@ -167,10 +167,3 @@ def _unquantized(algorithm: Algorithm) -> list[str]:
     if algorithm == FP8_ROWWISE:
         return ["lm_head", "*ln_f", "*ln_embed"]
     return ["lm_head", "*vocab_embedding"] if algorithm in WEIGHT_ONLY else ["lm_head"]
-
-
-def _version() -> str:
-    try:
-        return metadata.version("enginesmith")
-    except metadata.PackageNotFoundError:
-        return "unknown"

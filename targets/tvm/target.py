@@ -1,12 +1,12 @@
 """The target `tvm`: engines compiled by Apache TVM into a native library, for CPUs here and elsewhere."""
 
-from importlib import metadata
 from pathlib import Path
 
 from exporter.core.config import ModelConfig
 from exporter.core.device import THIS_MACHINE
 from exporter.core.engine_options import PLAIN
 from exporter.core.errors import UnsupportedError
+from exporter.core.packages import installed_version
 from exporter.core.progress import Progress
 from exporter.core.recipe import Precision, Recipe
 from exporter.core.support import Support
@@ -56,7 +56,7 @@ class TvmTarget(EngineTarget):
         return Support("native")
 
     def versions(self) -> dict[str, str]:
-        return {name: _version(package) for name, package in PACKAGES.items()}
+        return {name: installed_version(package) for name, package in PACKAGES.items()}
 
     def supports(
         self,
@@ -102,10 +102,3 @@ class TvmTarget(EngineTarget):
         from targets.tvm.runner import TvmRunner
 
         return TvmRunner(engine_dir, config, limits, options)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -111,6 +111,6 @@ def test_versions_are_compared_as_numbers() -> None:
 
 def test_toolkits_come_from_package_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"tensorrt-rtx": "1.7.1.116", "tensorrt-rtx-cu13": "1.7.1.116", "tensorrt-cu12": "11.4.0.106"}
-    monkeypatch.setattr(gpu, "_version", lambda name: installed.get(name, ""))
+    monkeypatch.setattr(gpu, "installed_version", lambda name: installed.get(name, ""))
     assert gpu.installed_toolkits() == {"tensorrt": "11.4.0.106", "tensorrt_rtx": "1.7.1.116"}
     assert gpu.cuda_of_toolkit("tensorrt_rtx") == "13" and gpu.cuda_of_toolkit("tensorrt") == "12"
